@@ -1,0 +1,90 @@
+# Needs make and Python >= 3.11, nothing else: each target first builds the virtual environment that it runs in.
+PYTHON ?= python3
+VENV ?= .venv
+# What `make newest` looks for, newest first.
+NEWER ?= 3.13 3.12
+
+BIN := $(VENV)/bin
+# As many processes as the smallest machine has cores; worksteal, because a few tests compile for much longer than the rest.
+PYTEST := pytest -n 2 --dist worksteal
+# pip says by itself what it is doing; only its advice to upgrade itself is left out.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench types lint lowest newest check clean
+.DELETE_ON_ERROR:
+# Two installations at once into one environment would break it.
+.NOTPARALLEL:
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(VENV)/.installed-demo  ## train on handwritten digits
+	$(BIN)/python examples/digits.py
+	@echo "make demo: done"
+
+test: $(VENV)/.installed-test  ## every test and every docstring
+	$(BIN)/$(PYTEST)
+	@echo "make test: all tests passed"
+
+bench: $(VENV)/.installed-bench  ## every benchmark once, quickly
+	$(BIN)/python -m benchmarks --quick
+	@echo "make bench: done"
+
+# pyright reads [tool.pyright] for what to check: the package and its type tests, strictly.
+types: $(VENV)/.installed-dev $(VENV)/.installed-stubs  ## mypy and pyright, both strict
+	$(BIN)/mypy --strict flaxsplit $(wildcard tests/typing examples benchmarks)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	@echo "make types: no errors"
+
+lint: $(VENV)/.installed-lint  ## ruff
+	$(BIN)/ruff check
+	@echo "make lint: no findings"
+
+lowest: $(VENV)-lowest/.installed-floors  ## the tests with the oldest dependencies supported
+	$(VENV)-lowest/bin/$(PYTEST)
+	@echo "make lowest: all tests passed"
+
+# The one run against the built wheel rather than this folder: pytest, unlike python -m pytest, does not import from here.
+newest:  ## the tests with the newest Python and dependencies, on the built wheel
+	@$(require-python)
+	@python=$$($(PYTHON) tools/newest.py $(NEWER)) || exit; \
+	if [ -z "$$python" ]; then echo "newest: skipped, no CPython >= 3.12 found"; exit; fi; set -ex; \
+	"$$python" -m venv $(VENV)-newest; \
+	$(VENV)-newest/bin/python -m pip install --upgrade --upgrade-strategy eager '.[test]'; \
+	$(VENV)-newest/bin/$(PYTEST) tests --pyargs flaxsplit; \
+	set +x; echo "make newest: all tests passed"
+
+check: lint test lowest newest types demo bench  ## all of the above
+	@echo "make check: everything passed"
+
+clean:  ## remove the environments and what tools left behind
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+define require-python
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "flaxsplit needs Python 3.11 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 || true)"; \
+	echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; } >&2
+endef
+
+# A stamp says that an installation ended well; a changed pyproject.toml makes it stale, a second call does nothing.
+$(VENV)/.installed-stubs: $(VENV)/.created $(shell find stubs -name '*.pyi' -o -name '*.toml' 2>/dev/null)
+	$(BIN)/python -m pip install ./stubs
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml $(VENV)/.created
+	$(BIN)/python -m pip install -e '.[$*]'
+	@touch $@
+
+$(VENV)-lowest/.installed-floors: pyproject.toml tools/floors.py $(VENV)-lowest/.created
+	$(VENV)-lowest/bin/python tools/floors.py > $(VENV)-lowest/floors.txt
+	$(VENV)-lowest/bin/python -m pip install -c $(VENV)-lowest/floors.txt -e '.[test]'
+	@touch $@
+
+# Not deleted as an intermediate file, although only pattern rules name it.
+.PRECIOUS: %/.created
+%/.created:
+	@$(require-python)
+	$(PYTHON) -m venv $*
+	@touch $@

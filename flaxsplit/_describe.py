@@ -1,0 +1,201 @@
+"""Words for trees: a leaf as `f32[2,3]`, a place as a key path, two trees as the list of what differs."""
+
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_SHORT = re.compile(r"^(b|f|i|u|c)[a-z]*?(\d+)")  # bfloat16 -> b, 16; kept apart from float16 below
+
+
+class Abstract(str):
+    """An array leaf reduced to its words, so that a recorded tree holds neither buffers nor tracers."""
+
+
+class Difference(NamedTuple):
+    """One place where two trees are not the same, with each side in words."""
+
+    path: str
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.before} -> {self.after}"
+
+
+ABSENT = "absent"
+
+
+def is_array(leaf: object) -> bool:
+    """Tells arrays (of JAX, NumPy, abstract, traced, keys) from everything else."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def describe(leaf: Any) -> str:
+    """Says a leaf in JAX's short form, never its value: `f32[2,3]`, `key<fry>[]`, `f32[] (weak type)`, `str`."""
+    if not is_array(leaf):
+        return type(leaf).__name__
+    name = str(leaf.dtype)
+    short = name.replace("bfloat", "bf") if name.startswith("bfloat") else _SHORT.sub(r"\1\2", name)
+    weak = " (weak type)" if getattr(leaf, "weak_type", False) else ""
+    return f"{short}[{_dimensions(leaf)}]{weak}"
+
+
+def _dimensions(leaf: Any) -> str:
+    """Joins the sizes; where the mesh is part of the type (explicit axes) each size carries its axis: `8@x`."""
+    spec = _explicit_spec(leaf)
+    return ",".join(f"{size}@{axis}" if axis else str(size) for size, axis in zip(leaf.shape, spec, strict=False))
+
+
+def _explicit_spec(leaf: Any) -> tuple[Any, ...]:
+    nothing = (None,) * len(leaf.shape)
+    if not isinstance(leaf, jax.Array):
+        return nothing
+    sharding: Any = getattr(jax.typeof(leaf), "sharding", None)
+    return (*getattr(sharding, "spec", ()), *nothing)
+
+
+def abstract(tree: Any) -> Any:
+    """Replaces every array by its words and keeps the rest: structure, static fields, Python values."""
+    return jax.tree.map(lambda leaf: Abstract(describe(leaf)) if is_array(leaf) else leaf, tree)
+
+
+def keyed_leaves(tree: Any, name: str = "") -> dict[str, Any]:
+    """Lists the leaves by key path: `{"state['batch_stats']['mean']": ...}`."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {name + jax.tree_util.keystr(path): leaf for path, leaf in pairs}
+
+
+def differences(before: Any, after: Any, path: str = "") -> list[Difference]:
+    """Lists where two trees differ: in structure, in static fields, or in the words for a leaf."""
+    return list(_differences(abstract(before), abstract(after), path))
+
+
+def _differences(before: Any, after: Any, path: str) -> Iterator[Difference]:
+    old, new = _children(before), _children(after)
+    if old is None or new is None or _kind(before) != _kind(after):
+        if not (old is None and new is None and _same(before, after)):
+            yield Difference(path, *_told_apart(before, after))
+        return
+    for name in old | new:
+        if name not in new:
+            yield from (Difference(path, _words(leaf), ABSENT) for path, leaf in _below(old[name], path + name))
+        elif name not in old:
+            yield from (Difference(path, ABSENT, _words(leaf)) for path, leaf in _below(new[name], path + name))
+        else:
+            yield from _differences(old[name], new[name], path + name)
+    yield from _static_differences(before, after, path, old.keys())
+
+
+def _children(tree: Any) -> dict[str, Any] | None:
+    """Takes one level of a pytree apart, by key; None for a leaf."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)
+    if len(pairs) == 1 and pairs[0][0] == ():
+        return None
+    return {jax.tree_util.keystr(path): child for path, child in pairs}
+
+
+def _below(tree: Any, path: str) -> list[tuple[str, Any]]:
+    """Lists every leaf under a place, or the place itself where it holds none."""
+    return list(keyed_leaves(tree, path).items()) or [(path, tree)]
+
+
+def _static_differences(before: Any, after: Any, path: str, children: Any) -> Iterator[Difference]:
+    """Compares what a pytree keeps beside its children: by field in a dataclass, as a whole in any other node."""
+    if dataclasses.is_dataclass(before):
+        for field in dataclasses.fields(before):
+            old, new = getattr(before, field.name, None), getattr(after, field.name, None)
+            if f".{field.name}" not in children and not _same(old, new):
+                yield Difference(f"{path}.{field.name}", *_told_apart(old, new))
+    elif not isinstance(before, Mapping) and not _same(_node_data(before), _node_data(after)):
+        yield Difference(path, *_told_apart(_node_data(before), _node_data(after)))
+
+
+def _node_data(tree: Any) -> Any:
+    data = jax.tree.structure(tree, is_leaf=lambda node: node is not tree).node_data()
+    return None if data is None else data[1]
+
+
+def _kind(tree: Any) -> str:
+    return type(tree).__name__
+
+
+def _same(old: Any, new: Any) -> bool:
+    return old is new or (type(old) is type(new) and bool(old == new))
+
+
+def _words(value: Any) -> str:
+    """Says a static value: small ones as written, others by type, since their repr may be pages."""
+    if isinstance(value, Abstract):
+        return str(value)
+    return repr(value) if value is None or isinstance(value, bool | int | float | str) else _kind(value)
+
+
+def _told_apart(old: Any, new: Any) -> tuple[str, str]:
+    """Two values in words; unequal objects that read alike are told apart, since JAX compares them by `==`."""
+    before, after = _words(old), _words(new)
+    return (before, after) if before != after else (before, f"another {after} (not equal to the first)")
+
+
+def shorten(lines: list[str], most: int = 12) -> list[str]:
+    """Keeps a message readable where every leaf of a large tree is at fault."""
+    return lines if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more"]
+
+
+def plain(tree: Any) -> Any:
+    """Rebuilds nested mappings as plain dicts: no view of the argument is returned, leaves and boxes stay as they are."""
+    return {key: plain(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def strong(leaf: Any) -> Any:
+    """Drops a weak type, which loses nothing; Python scalars and NumPy arrays become JAX arrays."""
+    if isinstance(leaf, jax.Array) and not leaf.weak_type:
+        return leaf
+    return jnp.asarray(leaf, dtype=jax.typeof(leaf).dtype)
+
+
+def name_of(fn: Any) -> str:
+    """Names a callable: functions by name, partials by what they wrap, module instances by class."""
+    if isinstance(fn, functools.partial):
+        return name_of(fn.func)
+    return getattr(fn, "__name__", None) or type(fn).__name__
+
+
+def wraps(fn: Any, leading: tuple[str, ...] = (), replaces: int = 0) -> Callable[[F], F]:
+    """As `functools.wraps`, but takes callables without `__name__` and says the new leading arguments.
+
+    `functools.wraps` would copy a module's attributes onto the function, so only the words are carried over.
+    """
+
+    def decorate(wrapper: F) -> F:
+        wrapper.__name__ = wrapper.__qualname__ = name_of(fn)
+        wrapper.__doc__ = getattr(fn, "__doc__", None)
+        wrapper.__module__ = getattr(fn, "__module__", None) or wrapper.__module__
+        wrapper.__wrapped__ = fn  # type: ignore[attr-defined]
+        signature = _signature(fn, leading, replaces)
+        if signature is not None:
+            wrapper.__signature__ = signature  # type: ignore[attr-defined]
+        return wrapper
+
+    return decorate
+
+
+def _signature(fn: Any, leading: tuple[str, ...], replaces: int) -> inspect.Signature | None:
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # some builtins have none
+        return None
+    kept = list(signature.parameters.values())
+    while replaces and kept and kept[0].kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
+        del kept[0]
+        replaces -= 1
+    first = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in leading]
+    kept = [p for p in kept if p.name not in leading]
+    return signature.replace(parameters=[*first, *kept], return_annotation=inspect.Signature.empty)

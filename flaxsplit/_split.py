@@ -1,0 +1,170 @@
+"""Take apart and put back: `split_params` and its inverse."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ._describe import describe, plain
+from ._errors import CollectionError, SignatureError, explain
+from ._filters import choose, flatten, keyed, unflatten
+from ._types import Params, State, Trainable, Tree, Variables
+
+RESERVED = frozenset({"params", "batch_stats", "cache", "intermediates", "rngs", "ema"})
+"""Collections that Flax or flaxsplit name themselves; used to recognise swapped arguments."""
+
+
+def split_params(variables: Tree, *, trainable: Trainable | None = None) -> tuple[Params, State]:
+    """Splits variables into the params to optimize and the state, which is everything else.
+
+    Law: `merge_state(*split_params(variables, trainable=t)) == variables`, leaf for leaf, for every `t`.
+    Equals `variables.pop('params')` where every param is trainable.
+
+    >>> import jax, flax.linen as nn, flaxsplit as fs
+    >>> variables = nn.Sequential([nn.Dense(4), nn.Dense(2)]).init(jax.random.key(0), jax.numpy.ones(3))
+    >>> params, state = fs.split_params(variables, trainable="layers_1/*")
+    >>> sorted(params), sorted(state["params"])
+    (['layers_1'], ['layers_0'])
+
+    Args:
+        variables: Flax's whole mapping, `{collection: tree}`: dict, FrozenDict or any Mapping. Boxes stay boxed.
+        trainable: the params to optimize; all by default. A glob on the `/`-joined path (`*` crosses `/`), a predicate
+            `(path, leaf) -> bool`, a tree of bools (one may stand for a branch), or a list of these: any of them.
+
+    Returns:
+        `(params, state)`, plain nested dicts. What `trainable` does not choose is in `state['params']`.
+
+    Raises:
+        CollectionError: there is no `'params'`, it is doubled, or a filter matches nothing.
+
+    As `equinox.partition`, but by path, into halves without holes, and failing on a filter that matches nothing.
+    """
+    tree = _params_of(variables)
+    leaves = dict(flatten(tree))
+    chosen = choose(trainable, leaves)
+    params = unflatten({path: leaf for path, leaf in leaves.items() if path in chosen})
+    frozen = unflatten({path: leaf for path, leaf in leaves.items() if path not in chosen})
+    state = {name: plain(tree) for name, tree in variables.items() if name != "params"}
+    return params, state | ({"params": frozen} if frozen else {})
+
+
+def merge_state(params: Tree, state: Tree) -> Variables:
+    """Puts params and state together into Flax's variables.
+
+    Law: the inverse of `split_params`. Equals `{"params": params, **state}` where no param is frozen.
+
+    >>> import flaxsplit as fs
+    >>> fs.merge_state({"head": {"w": 1}}, {"params": {"body": {"w": 2}}, "batch_stats": {}})
+    {'params': {'body': {'w': 2}, 'head': {'w': 1}}, 'batch_stats': {}}
+
+    Args:
+        params: the tree that the optimizer updates.
+        state: `{collection: tree}`; frozen params in `state['params']`.
+
+    Returns:
+        `{collection: tree}` in plain dicts, the two parts of `'params'` joined.
+
+    Raises:
+        CollectionError: a param is in both halves, variables came where params are wanted, or the two are swapped.
+
+    As `{**params, **state}`, but overlap is an error and not a silent choice.
+    """
+    _check_halves(params, state)
+    frozen, trained = dict(flatten(state.get("params", {}))), dict(flatten(params))
+    collections = {name: plain(tree) for name, tree in state.items() if name != "params"}
+    return {"params": _joined(frozen, trained) if frozen else plain(params), **collections}
+
+
+def _joined(frozen: dict[Any, Any], trained: dict[Any, Any]) -> dict[str, Any]:
+    frozen = {path: leaf for path, leaf in frozen.items() if not _is_empty(leaf) or path not in _prefixes(trained)}
+    trained = {path: leaf for path, leaf in trained.items() if not _is_empty(leaf) or path not in _prefixes(frozen)}
+    both = (frozen.keys() & _prefixes(trained)) | (trained.keys() & _prefixes(frozen))
+    if both:
+        names = sorted(keyed(path, "params") for path in both)
+        raise CollectionError(
+            explain(
+                "merge_state(params, state)",
+                "each param must be in params or in state['params'], not in both",
+                names,
+                cause="params and state come from different calls of split_params, or params were merged before",
+                fix="params, state = split_params(variables, trainable=...); merge_state(params, state)",
+            ),
+            names,
+        )
+    return unflatten(frozen | trained)
+
+
+def _prefixes(leaves: dict[Any, Any]) -> set[Any]:
+    return {path[:end] for path in leaves for end in range(1, len(path) + 1)}
+
+
+def _is_empty(leaf: Any) -> bool:
+    return isinstance(leaf, Mapping) and not leaf
+
+
+def _params_of(variables: Tree) -> Tree:
+    where = "split_params(variables)"
+    if not isinstance(variables, Mapping):
+        raise SignatureError(
+            explain(
+                where,
+                "variables must be a mapping {collection: tree}",
+                [f"variables: {describe(variables)}"],
+                cause="something else than what module.init returns was passed",
+                fix="split_params(module.init(key, x))",
+            )
+        )
+    if not isinstance(variables.get("params"), Mapping):
+        raise CollectionError(
+            explain(
+                where,
+                "variables must have a 'params' collection",
+                [f"collections: {sorted(map(str, variables))}"],
+                cause="variables['params'] was passed instead of variables, or the model has no params",
+                fix="split_params(module.init(key, x)), or split_params({'params': {}, **variables})",
+            )
+        )
+    if list(variables["params"]) == ["params"]:
+        raise CollectionError(
+            explain(
+                where,
+                "'params' must hold the params themselves",
+                [f"variables['params']['params']: {sorted(map(str, variables['params']['params']))}"],
+                cause="variables were wrapped in {'params': ...} once too often",
+                fix="split_params(variables['params'])",
+            )
+        )
+    return variables["params"]
+
+
+def _check_halves(params: Tree, state: Tree) -> None:
+    where = "merge_state(params, state)"
+    for name, half in (("params", params), ("state", state)):
+        if not isinstance(half, Mapping):
+            raise SignatureError(
+                explain(
+                    where,
+                    f"{name} must be a mapping",
+                    [f"{name}: {describe(half)}"],
+                    cause="the arguments are in another order, or something else was passed",
+                    fix="fn(params, state, *args)",
+                )
+            )
+    if isinstance(params.get("params"), Mapping):
+        raise CollectionError(
+            explain(
+                where,
+                "params must be the params themselves",
+                [f"params: {sorted(map(str, params))}"],
+                cause="variables were passed where params are wanted",
+                fix="params, state = split_params(variables)",
+            )
+        )
+    if params and state and RESERVED.issuperset(params) and RESERVED.isdisjoint(state):
+        raise CollectionError(
+            explain(
+                where,
+                "params come first, then state",
+                [f"params: {sorted(map(str, params))}", f"state: {sorted(map(str, state))}"],
+                cause="params and state were swapped",
+                fix="fn(params, state, *args)",
+            )
+        )

@@ -1,0 +1,96 @@
+"""The contract: what a combinator takes and what it gives back. Nothing here has logic.
+
+Trees have plain aliases (a static checker cannot see into `PyTree[...]`); array leaves are said with jaxtyping.
+`Params` and `State` are aliases and not `NewType`s, so that `state | {...}` and what optax returns stay free of errors.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import EllipsisType
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar
+
+import jax
+import optax
+from flax.core import DenyList
+from jaxtyping import Array, Float, Int, Key, UInt32
+
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
+B_contra = TypeVar("B_contra", contravariant=True)
+C = TypeVar("C")
+OutT = TypeVar("OutT")
+BatchT = TypeVar("BatchT")
+
+Tree: TypeAlias = Mapping[str, Any]
+"""A nested mapping of leaves. `Params` and `State`, which flaxsplit makes, are plain dicts."""
+Params: TypeAlias = dict[str, Any]
+State: TypeAlias = dict[str, Any]
+Variables: TypeAlias = dict[str, Any]
+
+Scalar: TypeAlias = Float[Array, ""]
+Counter: TypeAlias = Int[Array, ""]
+PRNGKey: TypeAlias = Key[Array, "..."] | UInt32[Array, "... key"]
+"""A typed key, or a legacy uint32 one. Both work everywhere."""
+
+Trainable: TypeAlias = str | Callable[[str, Any], bool] | Mapping[str, Any] | Sequence[Any]
+"""Which params to optimize: a glob, a predicate `(path, leaf) -> bool`, a tree of bools, or a sequence of these."""
+Mutable: TypeAlias = bool | str | Collection[str] | DenyList | EllipsisType
+Axes: TypeAlias = int | None | Sequence[Any] | Mapping[str, Any]
+AxisName: TypeAlias = str | tuple[str, ...]
+
+
+class Carry(NamedTuple):
+    """What a step threads: `carry = step(carry, batch)[0]`.
+
+    A named tuple, because JAX takes one apart in C++ at every dispatch. `carry._replace(state=...)` gives another.
+
+    Attributes:
+        step: how many optimizer updates have been done; a scalar int32.
+        params: the tree that the optimizer updates, and nothing else.
+        state: everything else that is carried, `{collection: tree}`.
+        opt_state: what `tx.init(params)` gave.
+    """
+
+    step: Counter
+    params: Params
+    state: State
+    opt_state: optax.OptState
+
+
+class LinenModule(Protocol[P, R_co]):
+    """A Linen module, seen through the signature of its own `__call__`."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def is_initializing(self) -> bool: ...  # keeps module classes out: there it lacks an argument
+
+
+class Stateful(Protocol[P, R_co]):
+    """A stateful function: `new_state` has exactly `state`'s structure, shapes and dtypes."""
+
+    def __call__(self, params: Tree, state: Tree, /, *args: P.args, **kwargs: P.kwargs) -> tuple[R_co, State]: ...
+
+
+ApplyFn: TypeAlias = Callable[..., Any]
+"""`module.apply` or a function of its form: `fn(variables, *args, mutable=..., **kwargs)`."""
+
+StatefulT = TypeVar("StatefulT", bound=Callable[Concatenate[Any, Any, ...], tuple[Any, Any]])
+"""Bounds what combinators take and give back unchanged, so that a model's own signature survives a stack of them."""
+
+LossFn: TypeAlias = Callable[[Params, State, BatchT], tuple[OutT, State]]
+Step: TypeAlias = Callable[[C, BatchT], tuple[C, OutT]]
+
+
+class JittedStep(Protocol[C, B_contra, R_co]):
+    """A compiled step: the object that `jax.jit` returns, with the step's own types."""
+
+    def __call__(self, carry: C, batch: B_contra, /) -> tuple[C, R_co]: ...
+
+    def lower(self, carry: C, batch: B_contra, /) -> jax.stages.Lowered: ...
+
+    def trace(self, carry: C, batch: B_contra, /) -> jax.stages.Traced: ...
+
+    def eval_shape(self, carry: C, batch: B_contra, /) -> Any: ...
+
+    def clear_cache(self) -> None: ...
