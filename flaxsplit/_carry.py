@@ -1,0 +1,248 @@
+"""What a step threads: made so that the first step compiles the last time, and kept so."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ._describe import Difference, describe, differences, is_array, keyed_leaves, plain, strong
+from ._errors import CollectionError, SignatureError, StateDriftError, explain
+from ._types import Carry, Tree
+
+T = TypeVar("T")
+
+
+def init_carry(params: Tree, state: Tree, tx: optax.GradientTransformation) -> Carry:
+    """Makes the carry that a step threads.
+
+    Law: `init_carry(params, state, tx)` has the values of `Carry(0, params, state, tx.init(params))`, and a step gives it
+    back in the same structure, shapes, dtypes and placement.
+
+    >>> import jax.numpy as jnp, optax, flaxsplit as fs
+    >>> carry = fs.init_carry({"w": jnp.ones(3)}, {}, optax.sgd(0.1))
+    >>> carry.step, carry.params["w"].committed
+    (Array(0, dtype=int32), True)
+
+    Args:
+        params: the tree to optimize. Copied, as is all of the carry: a donated step deletes nothing of the caller's.
+        state: `{collection: tree}`; an EMA may start as the params themselves, `state | {"ema": params}`.
+        tx: an optax transformation.
+
+    Returns:
+        A `Carry` of JAX arrays without weak types or aliases, committed to one placement: if any leaf lives on a mesh every
+        leaf does (others replicated), else all are on one device.
+
+    Raises:
+        SignatureError: a leaf is not an array or number, or params and state live on different devices or meshes.
+
+    As `flax.training.train_state.TrainState.create`, without functions in the tree.
+    """
+    params, state = _owned(plain(params), "params"), _owned(plain(state), "state")
+    carry = Carry(jnp.zeros((), jnp.int32), params, state, _owned(tx.init(params), "opt_state"))
+    return _placed(carry)
+
+
+def _owned(tree: T, name: str) -> T:
+    strange = [f"{path}: {describe(leaf)}" for path, leaf in keyed_leaves(tree, name).items() if not _is_numeric(leaf)]
+    if strange:
+        raise SignatureError(
+            explain(
+                "init_carry(params, state, tx)",
+                "every leaf must be an array or a number",
+                strange,
+                cause="a function, a string or another object was stored in the tree",
+                fix="keep what does not change out of the carry, in the function's closure",
+            ),
+            strange,
+        )
+    return jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jax.typeof(leaf).dtype, copy=True), tree)
+
+
+def _is_numeric(leaf: Any) -> bool:
+    return isinstance(leaf, bool | int | float | complex) or (is_array(leaf) and jnp.dtype(leaf.dtype) != object)
+
+
+def _placed(carry: Carry) -> Carry:
+    """Commits all leaves to one placement. While tracing there is none yet, and the carry is returned as it is."""
+    leaves = keyed_leaves(carry, "carry")
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values()):
+        return carry
+    meshes = {path: leaf.sharding.mesh for path, leaf in leaves.items() if isinstance(leaf.sharding, NamedSharding)}
+    if meshes:
+        _check_one(meshes)
+        everywhere = NamedSharding(next(iter(meshes.values())), PartitionSpec())
+        return jax.tree.map(lambda x: jax.device_put(x, x.sharding if _on_mesh(x) else everywhere), carry)
+    chosen = {path: leaf.sharding for path, leaf in leaves.items() if leaf.committed}
+    _check_one(chosen)
+    return jax.device_put(carry, next(iter(chosen.values()), carry.step.sharding))
+
+
+def _on_mesh(leaf: jax.Array) -> bool:
+    return isinstance(leaf.sharding, NamedSharding)
+
+
+def _check_one(placements: Mapping[str, Any]) -> None:
+    if len(set(placements.values())) > 1:
+        where = [f"{path}: {placement}" for path, placement in placements.items()]
+        raise SignatureError(
+            explain(
+                "init_carry(params, state, tx)",
+                "all leaves must live on one mesh or one device",
+                where,
+                cause="params and state were placed apart",
+                fix="jax.device_put((params, state), sharding) before init_carry",
+            ),
+            where,
+        )
+
+
+def adopt_carry(restored: Any, like: T) -> T:
+    """Makes what a checkpoint gave back into a carry that the compiled step takes without compiling again.
+
+    Law: `adopt_carry(carry, carry) == carry` in values, structure, dtypes and placement; also after a round trip through
+    NumPy, lists for tuples, dicts for named tuples, key data for keys.
+
+    >>> import jax, jax.numpy as jnp, optax, flaxsplit as fs
+    >>> carry = fs.init_carry({"w": jnp.ones(3)}, {}, optax.adam(0.1))
+    >>> restored = {"step": 7, "params": {"w": [2., 2., 2.]}, "state": {}, "opt_state": carry.opt_state}
+    >>> restored["params"]["w"] = jax.device_get(jnp.full(3, 2.0))
+    >>> fs.adopt_carry(restored, carry).params["w"]
+    Array([2., 2., 2.], dtype=float32)
+
+    Args:
+        restored: what the checkpoint library returned.
+        like: a carry as `init_carry` makes it; only its shapes, dtypes and shardings are read, so a donated one, or one of
+            `jax.ShapeDtypeStruct`, does too.
+
+    Returns:
+        A carry of `like`'s structure and placement, with buffers of its own.
+
+    Raises:
+        CollectionError: leaves are missing, left over, or of another shape or dtype; names every one.
+    """
+    wanted, treedef = jax.tree_util.tree_flatten_with_path(like)
+    found, wrong, used = [], [], set()
+    for path, leaf in wanted:
+        name = "carry" + jax.tree_util.keystr(path)
+        value = _walk(restored, path)
+        used.add(_plain_path(path))
+        value = _unwrapped(value, leaf)
+        if value is _NOTHING:
+            wrong.append(Difference(name, describe(leaf), "absent"))
+        elif _type_of(value) != _type_of(leaf):
+            wrong.append(Difference(name, describe(leaf), describe(strong(value) if not is_array(value) else value)))
+        else:
+            found.append((value, leaf))
+    left = [path for path, _ in jax.tree_util.tree_flatten_with_path(restored)[0] if _plain_path(path) not in used]
+    wrong += [Difference("carry" + jax.tree_util.keystr(path), "absent", "in the checkpoint") for path in left]
+    if wrong:
+        raise CollectionError(
+            explain(
+                "adopt_carry(restored, like)",
+                "every leaf must have the shape and dtype that it has in like (like -> restored)",
+                [str(each) for each in wrong],
+                cause="the checkpoint is of another model or optimizer",
+                fix="adopt_carry(restored, init_carry(params, state, tx)) with the model and tx that were saved",
+            ),
+            map(str, wrong),
+        )
+    return jax.tree.unflatten(treedef, [_like(value, leaf) for value, leaf in found])
+
+
+_NOTHING: Any = type("Nothing", (), {"__repr__": lambda self: "absent"})()
+
+
+def _plain_path(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(_entry(key)) for key in path)
+
+
+def _entry(key: Any) -> Any:
+    """The bare name in a key path entry, whichever kind of container it came from."""
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return getattr(key, attribute)
+    return key
+
+
+def _walk(tree: Any, path: tuple[Any, ...]) -> Any:
+    """Follows a path through containers of another kind: a dict for a named tuple, a list for a tuple."""
+    for key in map(_entry, path):
+        if isinstance(tree, Mapping):
+            tree = tree.get(key, tree.get(str(key), _NOTHING))
+        elif isinstance(key, str) and not isinstance(tree, list) and hasattr(tree, key):
+            tree = getattr(tree, key)
+        elif isinstance(key, int) and isinstance(tree, list | tuple) and key < len(tree):
+            tree = tree[key]
+        else:
+            return _NOTHING
+    return tree
+
+
+def _unwrapped(value: Any, leaf: Any) -> Any:
+    """Key data becomes keys again where keys are due."""
+    wants_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    if wants_key and is_array(value) and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(leaf)) if value.dtype == jnp.uint32 else value
+    return value
+
+
+def _type_of(leaf: Any) -> Any:
+    array = leaf if is_array(leaf) else jnp.asarray(leaf)
+    return tuple(array.shape), array.dtype
+
+
+def _like(value: Any, leaf: Any) -> Any:
+    array = jnp.array(value, dtype=leaf.dtype, copy=True)
+    if getattr(leaf, "sharding", None) is None or not getattr(leaf, "committed", True):
+        return array
+    return jax.device_put(array, leaf.sharding)
+
+
+def check_drift(where: str, name: str, before: Any, after: Any) -> Any:
+    """Gives `after` without weak types, if it has the structure, shapes and dtypes of `before`; else names each leaf.
+
+    Costs a comparison per leaf while tracing. The words are looked for only once something differs.
+    """
+    after = jax.tree.map(strong, after)
+    if jax.tree.structure(before) == jax.tree.structure(after) and all(
+        jnp.shape(old) == new.shape and jax.typeof(old).dtype == new.dtype
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    ):
+        return after
+    changed = differences(jax.tree.map(strong, before), after, name)
+    raise StateDriftError(
+        explain(
+            where,
+            "what comes out must have the structure, shapes and dtypes of what went in",
+            [str(each) for each in changed],
+            cause=_cause(changed),
+            fix=_fix(changed),
+        ),
+        map(str, changed),
+    )
+
+
+def _kind_of(changed: list[Difference]) -> str:
+    sides = [(each.before.split("["), each.after.split("[")) for each in changed]
+    if any(len(side) != 2 for pair in sides for side in pair):
+        return "structure"
+    return "shape" if any(before[1] != after[1] for before, after in sides) else "dtype"
+
+
+def _cause(changed: list[Difference]) -> str:
+    return {
+        "structure": "leaves come or go: a sown collection in the state, a cache made late, a collection not returned",
+        "shape": "the first update gives the state its final shape (keepdims=True?), or a batch axis stayed in",
+        "dtype": "the state is computed in another precision than it is kept in",
+    }[_kind_of(changed)]
+
+
+def _fix(changed: list[Difference]) -> str:
+    return {
+        "structure": "with_mutable(model, capture='intermediates') for sown values; return out, {**state, ...}",
+        "shape": "state = settle_state(fn, params, state, x), before init_carry",
+        "dtype": "cast in fn, new.astype(old.dtype), or state = settle_state(fn, params, state, x)",
+    }[_kind_of(changed)]

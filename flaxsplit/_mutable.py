@@ -1,0 +1,273 @@
+"""Run a function over the parts: an apply function becomes a stateful function."""
+
+import functools
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar, overload
+
+import flax.linen as nn
+import jax
+from flax import core, errors
+
+from ._describe import describe, plain, wraps
+from ._errors import CollectionError, SignatureError, UntouchedStateWarning, explain
+from ._split import merge_state
+from ._types import ApplyFn, LinenModule, Mutable, State, Stateful, Tree
+
+P = ParamSpec("P")
+R = TypeVar("R")
+M = TypeVar("M")
+NoCapture = tuple[()]
+Captured = dict[str, Any]
+
+HIDDEN = frozenset({"rngs", "ema"})
+"""Collections that a model never sees."""
+
+_MISSING = (errors.ScopeParamNotFoundError, errors.ScopeCollectionNotFound, errors.ScopeVariableNotFoundError)
+
+
+@overload
+def with_mutable(
+    fn: object, *, method: Callable[Concatenate[M, P], R], mutable: Mutable = ..., capture: NoCapture = ()
+) -> Stateful[P, R]: ...
+@overload
+def with_mutable(
+    fn: object, *, method: Callable[Concatenate[M, P], R], mutable: Mutable = ..., capture: str | Sequence[str]
+) -> Stateful[P, tuple[R, Captured]]: ...
+@overload
+def with_mutable(
+    fn: LinenModule[P, R], *, method: None = None, mutable: Mutable = ..., capture: NoCapture = ()
+) -> Stateful[P, R]: ...
+@overload
+def with_mutable(
+    fn: LinenModule[P, R], *, method: None = None, mutable: Mutable = ..., capture: str | Sequence[str]
+) -> Stateful[P, tuple[R, Captured]]: ...
+@overload
+def with_mutable(
+    fn: ApplyFn, *, method: str | None = None, mutable: Mutable = ..., capture: str | Sequence[str] = ()
+) -> Stateful[..., Any]: ...
+def with_mutable(
+    fn: Any, *, method: Any = None, mutable: Mutable = ..., capture: str | Sequence[str] = ()
+) -> Stateful[..., Any]:
+    """Wraps a model into a stateful function: `fn(params, state, *args, **kwargs) -> (out, new_state)`.
+
+    Law: equals `module.apply(merge_state(params, state), *args, mutable=[...], **kwargs)`, with every collection that is
+    not mutable passed through untouched, and always two results.
+
+    >>> import jax, flax.linen as nn, flaxsplit as fs
+    >>> model = nn.BatchNorm(use_running_average=False)
+    >>> x = jax.numpy.ones((8, 3))
+    >>> params, state = fs.split_params(model.init(jax.random.key(0), x))
+    >>> out, new_state = fs.with_mutable(model)(params, state, x)
+    >>> out.shape, sorted(new_state)
+    ((8, 3), ['batch_stats'])
+
+    Args:
+        fn: a Linen module (its `__call__` signature is kept), `module.apply`, what `nn.apply` returns, or a function of
+            that form: `fn(variables, *args, mutable=..., **kwargs) -> (out, updated)`.
+        method: the module's method to run instead of `__call__`; also its signature is kept.
+        mutable: by default every collection in `state` but `'params'`, `'rngs'` and `'ema'`; else one of Flax's own
+            collection filters (a name, names, `DenyList`, a bool). `False` reads only.
+        capture: sown collections to hand out; `out` becomes `(out, {collection: tree})`. They never enter the state.
+
+    Returns:
+        A stateful function. `new_state` has the collections of `state`.
+
+    Raises:
+        CollectionError: a collection is missing, unknown or not mutable; nothing was sown; no rngs for a stream.
+        SignatureError: `fn` is not a module instance or apply function.
+
+    Warns:
+        UntouchedStateWarning: collections were mutable and no leaf of any was written (`train=True` forgotten?).
+
+    As `flax.linen.Module.apply`, but pure in `(params, state)` and of one return form.
+    """
+    apply = _apply_of(fn, method)
+    captured = (capture,) if isinstance(capture, str) else tuple(capture)
+
+    @wraps(*_signed(fn, method))
+    def stateful(params: Tree, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
+        visible = {name: tree for name, tree in state.items() if name not in HIDDEN and name not in captured}
+        variables = merge_state(params, visible)
+        names = _mutable_names(mutable, visible)
+        result = _applied(apply, names, captured, state, variables, args, kwargs)
+        out, updated = _two(result, "with_mutable(fn)", "fn(variables, *args, mutable=[...]) -> (out, updated)")
+        new_state = {**state, **{name: plain(updated[name]) for name in names if name in updated}}
+        _warn_untouched(names, variables, new_state)
+        return ((out, _sown(captured, updated)) if captured else out), new_state
+
+    return stateful
+
+
+def _apply_of(fn: Any, method: Any) -> Callable[..., Any]:
+    if isinstance(fn, nn.Module):
+        return fn.apply if method is None else functools.partial(fn.apply, method=method)
+    if isinstance(fn, type) or not callable(fn):
+        name = fn.__name__ if isinstance(fn, type) else describe(fn)
+        raise SignatureError(
+            explain(
+                "with_mutable(fn)",
+                "fn must be a Linen module instance, its apply, or a function of that form",
+                [f"fn: the class {name}" if isinstance(fn, type) else f"fn: {name}"],
+                cause="the module was not constructed" if isinstance(fn, type) else "variables or params were passed",
+                fix=f"with_mutable({name}(...))" if isinstance(fn, type) else "with_mutable(model)",
+            )
+        )
+    if getattr(fn, "__code__", None) is _NN_APPLY:
+        return _of_nn_apply(fn)
+    return fn if method is None else functools.partial(fn, method=method)
+
+
+_NN_APPLY: Any = getattr(core.apply(lambda scope: scope), "__code__", None)
+
+
+def _of_nn_apply(fn: Any) -> Callable[..., Any]:
+    """Reopens what `nn.apply` returns: it fixed `mutable` when it was made, and the state alone decides it here."""
+    inner = dict(zip(fn.__code__.co_freevars, (cell.cell_contents for cell in fn.__closure__), strict=True))
+
+    def apply(variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
+        return core.apply(inner["fn"], mutable=mutable, flags=inner.get("flags"))(variables, *args, **kwargs)
+
+    return apply
+
+
+def _signed(fn: Any, method: Any) -> tuple[Any, tuple[str, ...], int]:
+    """Says whose signature the stateful function has, and which leading arguments take the place of which."""
+    if callable(method):
+        return method, ("params", "state"), 1
+    return fn, ("params", "state"), 0 if isinstance(fn, nn.Module) else 1
+
+
+def _mutable_names(mutable: Mutable, visible: Mapping[str, Any]) -> tuple[str, ...]:
+    candidates = [name for name in visible if name != "params"]
+    if mutable is ... or mutable is True:
+        return tuple(candidates)
+    named = [mutable] if isinstance(mutable, str) else [] if isinstance(mutable, bool | core.DenyList) else list(mutable)
+    unknown = [name for name in named if name not in candidates]
+    if unknown:
+        raise CollectionError(
+            explain(
+                "with_mutable(mutable=...)",
+                "mutable collections must be in the state",
+                [f"{name!r} is not one of {sorted(candidates)}" for name in unknown],
+                cause="params are the optimizer's to change"
+                if "params" in unknown
+                else "sown collections are not state, or the state lacks a collection",
+                fix="with_mutable(fn) makes every collection of the state mutable"
+                if "params" in unknown
+                else f"with_mutable(fn, capture={unknown[0]!r}), or state | {{{unknown[0]!r}: ...}}",
+            ),
+            unknown,
+        )
+    return tuple(name for name in candidates if core.scope.in_filter(mutable, name))
+
+
+def _applied(
+    apply: Callable[..., Any],
+    names: tuple[str, ...],
+    captured: tuple[str, ...],
+    state: Tree,
+    variables: Tree,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Calls apply; what Flax says about missing variables is said again in terms of params and state."""
+    try:
+        return apply(variables, *args, mutable=(*names, *captured), **kwargs)
+    except errors.InvalidRngError as error:
+        raise CollectionError(_no_rngs(_first_sentence(error), state, kwargs)) from error
+    except errors.ModifyScopeVariableError as error:
+        raise CollectionError(_not_mutable(_first_sentence(error), names, variables)) from error
+    except _MISSING as error:
+        raise CollectionError(_not_found(_first_sentence(error), variables)) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).split(" (http")[0]
+
+
+def _collection_in(sentence: str) -> str:
+    found = re.search(r'collection "([^"]+)"', sentence)
+    return found[1] if found else "params"
+
+
+def _no_rngs(sentence: str, state: Tree, kwargs: dict[str, Any]) -> str:
+    found = re.search(r'needs PRNG for "([^"]+)"', sentence)
+    stream = found[1] if found else "params"
+    drawn, held = kwargs.get("rngs"), state.get("rngs", {})
+    forgotten = stream in held and drawn is None
+    return explain(
+        "with_mutable(fn)",
+        f"the model draws from the PRNG stream {stream!r}",
+        [sentence, f"rngs: {sorted(drawn) if drawn else 'none'}", f"state['rngs']: {sorted(held) or 'none'}"],
+        cause="state['rngs'] is there, but nothing draws from it" if forgotten else f"there is no key for {stream!r}",
+        fix="with_rngs(with_mutable(model))"
+        if forgotten
+        else f"with_rngs(with_mutable(model)) and state | rng_state({stream}=key)",
+    )
+
+
+def _not_mutable(sentence: str, names: tuple[str, ...], variables: Tree) -> str:
+    name = _collection_in(sentence)
+    there = name in variables
+    return explain(
+        "with_mutable(mutable=...)" if there else "with_mutable(fn)",
+        f"the model writes to the collection {name!r}",
+        [sentence, f"mutable: {sorted(names)}"],
+        cause=f"{name!r} is not among the mutable collections" if there else f"the state has no {name!r}",
+        fix=f"with_mutable(fn, mutable={sorted([*names, name])})" if there else f"state | {{{name!r}: ...}}, from module.init",
+    )
+
+
+def _not_found(sentence: str, variables: Tree) -> str:
+    return explain(
+        "with_mutable(fn)",
+        "params and state must hold every variable that the model reads",
+        [sentence, *(f"{name}: {sorted(map(str, tree))}" for name, tree in variables.items() if isinstance(tree, Mapping))],
+        cause="params and state were swapped, a collection is missing, or they belong to another model",
+        fix="params, state = split_params(module.init(key, x)); fn(params, state, x)",
+    )
+
+
+def _two(result: Any, where: str, form: str) -> tuple[Any, Any]:
+    if isinstance(result, tuple) and len(result) == 2:
+        return result
+    came = f"a tuple of {len(result)}" if isinstance(result, tuple) else describe(result)
+    raise SignatureError(explain(where, f"must return two things: {form}", [came], cause="a result is missing", fix=form))
+
+
+def _warn_untouched(names: tuple[str, ...], before: Tree, after: Tree) -> None:
+    """Flax hands an unwritten leaf back as the very same object, eagerly and while tracing, so `is` decides."""
+    old = jax.tree.leaves([before[name] for name in names])
+    new = jax.tree.leaves([after[name] for name in names])
+    if old and len(old) == len(new) and all(a is b for a, b in zip(old, new, strict=True)):
+        warnings.warn(
+            explain(
+                "with_mutable(fn)",
+                "at least one leaf of the mutable collections should be written",
+                [f"{name}: no leaf written" for name in names],
+                cause="train=True (or use_running_average=False) was forgotten",
+                fix="fn(params, state, x, train=True), or with_mutable(fn, mutable=False) to only read",
+            ),
+            UntouchedStateWarning,
+            stacklevel=3,
+        )
+
+
+def _sown(captured: tuple[str, ...], updated: Mapping[str, Any]) -> Captured:
+    missing = [name for name in captured if name not in updated]
+    if missing:
+        raise CollectionError(
+            explain(
+                "with_mutable(capture=...)",
+                "the model must sow into each captured collection",
+                [f"{name!r}: nothing was sown" for name in missing],
+                cause="a misspelt collection, or the model sows only in another mode",
+                fix="self.sow('intermediates', name, value) with capture='intermediates'",
+            ),
+            missing,
+        )
+    return {name: plain(updated[name]) for name in captured}
+
+

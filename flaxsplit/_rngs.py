@@ -1,0 +1,115 @@
+"""PRNG streams are state: drawn from at each call, advanced with the rest."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from ._describe import describe, is_array, wraps
+from ._errors import CollectionError, SignatureError, explain
+from ._types import PRNGKey, State, StatefulT, Tree
+
+
+def rng_state(**keys: PRNGKey) -> State:
+    """Makes the collection that `with_rngs` draws from.
+
+    Law: `rng_state(dropout=key) == {"rngs": {"dropout": key}}`.
+
+    >>> import jax, flaxsplit as fs
+    >>> sorted(fs.rng_state(dropout=jax.random.key(0), noise=jax.random.key(1))["rngs"])
+    ['dropout', 'noise']
+
+    Args:
+        keys: one PRNG key per stream, typed or legacy uint32.
+
+    Returns:
+        `{'rngs': {stream: key}}`, to be merged into the state: `state | rng_state(dropout=key)`.
+
+    Raises:
+        SignatureError: what was given is not a key.
+    """
+    strange = [f"{name}: {describe(key)}" for name, key in keys.items() if not _is_key(key)]
+    if strange or not keys:
+        raise SignatureError(
+            explain(
+                "rng_state(**keys)",
+                "at least one stream, each a PRNG key",
+                strange or ["no stream"],
+                cause="a seed was passed instead of a key" if strange else "the streams were forgotten",
+                fix="rng_state(dropout=jax.random.key(0))",
+            ),
+            strange,
+        )
+    return {"rngs": dict(keys)}
+
+
+def _is_key(key: Any) -> bool:
+    if not is_array(key):
+        return False
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return bool(typed or (key.dtype == jnp.uint32 and len(key.shape) > 0))
+
+
+def with_rngs(fn: StatefulT) -> StatefulT:
+    """Draws fresh `rngs=` from `state['rngs']` at each call, and advances them.
+
+    Law: equals `fn(params, rest, *args, rngs={s: split(key)[1]})` with `{s: split(key)[0]}` in the new state.
+
+    >>> import jax, flax.linen as nn, flaxsplit as fs
+    >>> apply = fs.with_rngs(fs.with_mutable(nn.Dropout(0.5, deterministic=False)))
+    >>> out, state = apply({}, fs.rng_state(dropout=jax.random.key(0)), jax.numpy.ones(4))
+    >>> out.shape, state["rngs"].keys()
+    ((4,), dict_keys(['dropout']))
+
+    Args:
+        fn: a stateful function that takes `rngs=`.
+
+    Returns:
+        The stateful function without `rngs=`; around `vmap_stateful` it gives every lane its own keys.
+
+    Raises:
+        CollectionError: the state has no `'rngs'`.
+        SignatureError: `rngs=` was passed by hand too.
+
+    As Flax's `rngs=` argument, but the keys live in the carry, so that a checkpoint and a scan continue the streams.
+    """
+
+    @wraps(fn)
+    def stateful(params: Tree, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
+        _check_rngs(state, kwargs)
+        advanced, drawn = draw(state["rngs"])
+        rest = {name: tree for name, tree in state.items() if name != "rngs"}
+        out, new_state = fn(params, rest, *args, rngs=drawn, **kwargs)
+        return out, {**new_state, "rngs": advanced}
+
+    return cast(StatefulT, stateful)
+
+
+def draw(rngs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits every stream into what it goes on with and the key for this call."""
+    pairs = {name: jax.random.split(key) for name, key in rngs.items()}
+    return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
+
+
+def _check_rngs(state: Tree, kwargs: Mapping[str, Any]) -> None:
+    if not state.get("rngs"):
+        raise CollectionError(
+            explain(
+                "with_rngs(fn)",
+                "the state must have an 'rngs' collection",
+                [f"state: {sorted(map(str, state))}"],
+                cause="rng_state was not merged into the state",
+                fix="init_carry(params, state | rng_state(dropout=key), tx)",
+            )
+        )
+    if "rngs" in kwargs:
+        raise SignatureError(
+            explain(
+                "with_rngs(fn)",
+                "rngs come from state['rngs']",
+                [f"rngs={sorted(kwargs['rngs'])} in the call"],
+                cause="keys were passed by hand to a function that draws its own",
+                fix="fn(params, state, x), or with_mutable(model)(params, state, x, rngs=...)",
+            )
+        )

@@ -1,0 +1,103 @@
+"""Bring a state to the fixed point of a function's shapes, so that the first step compiles the last time."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._describe import differences, is_array, keyed_leaves, plain, strong
+from ._errors import StateDriftError, explain
+from ._types import State, Stateful, Tree
+
+_MOST_ROUNDS = 8
+
+
+def settle_state(fn: Stateful[..., Any], params: Tree, state: Tree, /, *args: Any, **kwargs: Any) -> State:
+    """Gives the state whose structure, shapes and dtypes `fn` returns unchanged.
+
+    Law: `jax.eval_shape(fn, params, settled, *args)[1]` has the shapes and dtypes of `settled`; a settled state is returned
+    as it is. Found by `jax.eval_shape` alone: no FLOP is spent, and abstract values do.
+
+    >>> import jax.numpy as jnp, flaxsplit as fs
+    >>> fn = lambda params, state, x: (x, {"stats": {"mean": x.mean(0, keepdims=True)}})
+    >>> fs.settle_state(fn, {}, {"stats": {"mean": jnp.zeros(5)}}, jnp.ones((8, 5)))["stats"]["mean"].shape
+    (1, 5)
+
+    Args:
+        fn: a stateful function.
+        params: its params; arrays or `jax.ShapeDtypeStruct`.
+        state: the state to start from.
+        args: the rest of a call; arrays are traced, everything else is static.
+        kwargs: likewise.
+
+    Returns:
+        The state, its leaves broadcast or cast.
+
+    Raises:
+        StateDriftError: structure changes, shapes grow for ever, or a leaf cannot be broadcast to what comes out.
+    """
+    start = plain(state)
+    now = jax.tree.map(_shape_of, start)
+    for _ in range(_MOST_ROUNDS):
+        before, now = now, _after(fn, params, now, args, kwargs)
+        if jax.tree.structure(before) != jax.tree.structure(now):
+            raise _unsettled(before, now, "the structure must stay", "leaves come or go: sown values, or a cache made late")
+        if jax.tree.leaves(before) == jax.tree.leaves(now):
+            return _reached(start, now)
+    raise _unsettled(before, now, "shapes must reach a fixed point", f"they still change after {_MOST_ROUNDS} rounds")
+
+
+def _shape_of(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(getattr(leaf, "shape", ()), getattr(leaf, "dtype", None) or jnp.result_type(leaf))
+
+
+def _after(fn: Any, params: Any, state: Any, args: Any, kwargs: Any) -> Any:
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    arrays = [leaf if is_array(leaf) else None for leaf in leaves]
+
+    def new_state(_params: Any, _state: Any, _arrays: Any) -> Any:
+        filled = [leaf if array is None else array for leaf, array in zip(leaves, _arrays, strict=True)]
+        _args, _kwargs = jax.tree.unflatten(treedef, filled)
+        return plain(fn(_params, _state, *_args, **_kwargs)[1])
+
+    return jax.tree.map(_shape_of, jax.eval_shape(new_state, params, state, arrays))
+
+
+def _reached(start: Any, end: Any) -> Any:
+    stuck = {}
+    for (path, old), new in zip(keyed_leaves(start, "state").items(), jax.tree.leaves(end), strict=True):
+        old = _shape_of(old)
+        if not _broadcastable(old.shape, new.shape) or not jnp.can_cast(old.dtype, new.dtype, "same_kind"):
+            stuck[path] = (old, new)
+    if stuck:
+        before, after = ({path: pair[i] for path, pair in stuck.items()} for i in (0, 1))
+        raise _unsettled(before, after, "the state must reach its fixed point by broadcasting or casting", "other shapes")
+    return jax.tree.map(_brought, start, end)
+
+
+def _broadcastable(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+    try:
+        return jnp.broadcast_shapes(old, new) == new
+    except ValueError:
+        return False
+
+
+def _brought(leaf: Any, to: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return to
+    leaf = strong(leaf)
+    return leaf if (leaf.shape, leaf.dtype) == (to.shape, to.dtype) else jnp.broadcast_to(leaf, to.shape).astype(to.dtype)
+
+
+def _unsettled(before: Any, after: Any, required: str, cause: str) -> StateDriftError:
+    changed = [str(each) for each in differences(before, after, "state")]
+    return StateDriftError(
+        explain(
+            "settle_state(fn, params, state, ...)",
+            required,
+            changed,
+            cause=cause,
+            fix="make fn return every state leaf in the shape and dtype that it was given",
+        ),
+        changed,
+    )

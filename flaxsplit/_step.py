@@ -1,0 +1,472 @@
+"""Run it and improve it: from a loss function to a step, and from a step to many."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, TypeVar, cast, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ._carry import check_drift
+from ._describe import abstract, describe, differences, is_array, keyed_leaves, wraps
+from ._errors import CollectionError, SignatureError, explain
+from ._types import AxisName, Carry, JittedStep, LossFn, Scalar, Step
+
+C = TypeVar("C")
+AuxT = TypeVar("AuxT")
+BatchT = TypeVar("BatchT")
+OutT = TypeVar("OutT")
+T = TypeVar("T")
+
+
+@overload
+def with_optimizer(
+    loss_fn: LossFn[BatchT, tuple[Scalar, AuxT]],
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: Literal[True],
+    microbatches: int = 1,
+    axis_name: AxisName | None = None,
+) -> Step[Carry, BatchT, tuple[Scalar, AuxT]]: ...
+@overload
+def with_optimizer(
+    loss_fn: LossFn[BatchT, Scalar],
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: Literal[False] = False,
+    microbatches: int = 1,
+    axis_name: AxisName | None = None,
+) -> Step[Carry, BatchT, Scalar]: ...
+def with_optimizer(
+    loss_fn: Any,
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    microbatches: int = 1,
+    axis_name: AxisName | None = None,
+) -> Any:
+    """Turns a loss function into a step: `step(carry, batch) -> (carry, loss)`.
+
+    Law: equals the loop written out, bit for bit: `jax.value_and_grad(loss_fn, has_aux=True)`, `tx.update`,
+    `optax.apply_updates`, with the state threaded.
+
+    >>> import jax.numpy as jnp, optax, flaxsplit as fs
+    >>> def loss_fn(params, state, batch):
+    ...     return jnp.sum((params["w"] - batch) ** 2), state
+    >>> tx = optax.sgd(0.1)
+    >>> carry, loss = fs.with_optimizer(loss_fn, tx)(fs.init_carry({"w": jnp.ones(3)}, {}, tx), jnp.zeros(3))
+    >>> float(loss), carry.step
+    (3.0, Array(1, dtype=int32))
+
+    Args:
+        loss_fn: `(params, state, batch) -> (loss, new_state)`, the loss a real scalar.
+        tx: an optax transformation; `value=`, `grad=` and `value_fn=` reach one that wants them.
+        has_aux: whether `loss_fn` returns `((loss, aux), new_state)`; the step's `out` is then `(loss, aux)`.
+        microbatches: accumulates the mean gradient over so many parts of the batch's leading axis, one after another,
+            threading the state. Losses are averaged; `aux` comes out stacked, as from `jax.lax.scan`.
+        axis_name: averages loss and gradients over this axis of an enclosing `shard_map`, `pmap` or `vmap`.
+
+    Returns:
+        A step: the body that `jax.lax.scan` takes. Not jitted: see `jit_step`.
+
+    Raises:
+        SignatureError: `loss_fn` returns something else, a param is not differentiable, the batch is indivisible, or the
+            carry was made for another optimizer.
+        StateDriftError: state, params or opt_state would come out in another structure, shape or dtype.
+
+    As the update step of Flax's guide on managing params and state, in one word.
+    """
+    tx = optax.with_extra_args_support(tx)
+    _check_count("with_optimizer(microbatches=...)", microbatches)
+
+    @wraps(loss_fn, ("carry",), replaces=2)
+    def step(carry: Carry, batch: Any) -> tuple[Carry, Any]:
+        _check_carry(carry)
+        count, params, state, opt_state = carry
+
+        def objective(_params: Any, _state: Any, _batch: Any) -> tuple[Any, Any]:
+            _out, _new_state = _returned(loss_fn(_params, _state, _batch), has_aux)
+            _loss, _aux = _out if has_aux else (_out, ())
+            return _loss, (_aux, check_drift("with_optimizer(loss_fn, tx)", "state", _state, _new_state))
+
+        def gradient(_state: Any, _batch: Any) -> tuple[Any, Any, Any]:
+            (_loss, (_aux, _state)), _grads = jax.value_and_grad(objective, has_aux=True)(local, _state, _batch)
+            return _grads, (_loss, _aux), _state
+
+        def value_fn(_params: Any, *_: Any, **__: Any) -> Any:
+            def part(_state: Any, _batch: Any) -> tuple[Any, Any, Any]:
+                _loss, (_, _state) = objective(_params, _state, _batch)
+                return (), _loss, _state
+
+            return _averaged(jnp.mean(accumulate(part, (), state, batch)[1]), axis_name)
+
+        def accumulate(part: Any, like: Any, _state: Any, _batch: Any) -> tuple[Any, Any, Any]:
+            if microbatches == 1:
+                return part(_state, _batch)
+            return _accumulated(part, _varying(_zeros(like), axis_name), _state, _split_batch(_batch, microbatches))
+
+        local = _varying(params, axis_name)  # differentiated per device, so that the mean below is the only reduction
+        grads, (loss, aux), new_state = accumulate(gradient, params, state, batch)
+        loss = loss if microbatches == 1 else jnp.mean(loss)
+        loss, grads = _averaged((loss, grads), axis_name)
+        new_params, new_opt_state = _updated(tx, grads, carry, value=loss, grad=grads, value_fn=value_fn)
+        return Carry(count + 1, new_params, new_state, new_opt_state), ((loss, aux) if has_aux else loss)
+
+    return step
+
+
+def _updated(tx: optax.GradientTransformationExtraArgs, grads: Any, carry: Carry, **extra: Any) -> tuple[Any, Any]:
+    where = "with_optimizer(loss_fn, tx)"
+    try:
+        updates, opt_state = tx.update(grads, carry.opt_state, carry.params, **extra)
+    except Exception as error:
+        made = differences(jax.eval_shape(tx.init, carry.params), carry.opt_state, "carry.opt_state")
+        if not made:
+            raise
+        raise SignatureError(
+            explain(
+                where,
+                "carry.opt_state must be what tx.init(params) gives (tx -> carry)",
+                [str(each) for each in made],
+                cause="the carry was made with another tx, or for other params",
+                fix="init_carry(params, state, tx) with the tx of the step",
+            ),
+            map(str, made),
+        ) from error
+    params = check_drift(where, "params", carry.params, optax.apply_updates(carry.params, updates))
+    return params, check_drift(where, "opt_state", carry.opt_state, opt_state)
+
+
+def _accumulated(part: Any, zeros: Any, state: Any, batches: Any) -> tuple[Any, Any, Any]:
+    """Sums in at least f32, so that many small bf16 gradients are not lost in their sum; the mean is cast back."""
+    dtypes: list[Any] = []
+
+    def body(total_and_state: Any, batch: Any) -> tuple[Any, Any]:
+        _total, _state = total_and_state
+        _sum, _out, _state = part(_state, batch)
+        dtypes[:] = [leaf.dtype for leaf in jax.tree.leaves(_sum)]
+        return (jax.tree.map(jnp.add, _total, _sum), _state), _out
+
+    (total, state), outs = jax.lax.scan(body, (zeros, state), batches)
+    count = len(jax.tree.leaves(batches)[0])
+    leaves, treedef = jax.tree.flatten(total)
+    mean = [(leaf / count).astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
+    return jax.tree.unflatten(treedef, mean), outs, state
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), tree)
+
+
+def _split_batch(batch: Any, count: int) -> Any:
+    strange = [
+        f"{path}: {describe(leaf)}"
+        for path, leaf in keyed_leaves(batch, "batch").items()
+        if not is_array(leaf) or not leaf.shape or leaf.shape[0] % count
+    ]
+    if strange or not jax.tree.leaves(batch):
+        raise SignatureError(
+            explain(
+                "with_optimizer(microbatches=...)",
+                f"the leading axis of every batch leaf must be divisible by {count}",
+                strange or ["no leaf in the batch"],
+                cause="a ragged last batch, or a leaf without a batch axis",
+                fix="drop or pad the last batch, or choose microbatches that divide it",
+            ),
+            strange,
+        )
+    return jax.tree.map(lambda leaf: leaf.reshape(count, leaf.shape[0] // count, *leaf.shape[1:]), batch)
+
+
+def _varying(tree: Any, axis_name: AxisName | None) -> Any:
+    """Marks a tree as each device's own. Without it `shard_map` sums the gradients itself, and the mean would come late."""
+    if axis_name is None:
+        return tree
+    if hasattr(jax.lax, "pcast"):  # jax >= 0.8; pvary is its name before that
+        return jax.tree.map(lambda leaf: _pcast(leaf, axis_name), tree)
+    return jax.tree.map(lambda leaf: jax.lax.pvary(leaf, axis_name), tree)
+
+
+def _pcast(leaf: Any, axis_name: AxisName) -> Any:
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    missing = tuple(name for name in names if name not in getattr(jax.typeof(leaf), "vma", ()))
+    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+
+def _averaged(tree: T, axis_name: AxisName | None) -> T:
+    return tree if axis_name is None else cast(T, jax.lax.pmean(tree, axis_name))
+
+
+def _returned(result: Any, has_aux: bool) -> tuple[Any, Any]:
+    form = "return (loss, aux), new_state" if has_aux else "return loss, new_state"
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise _misreturned("two things", [_form_of(result)], "the new state was not returned", form)
+    out, new_state = result
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        raise _misreturned("((loss, aux), new_state) where has_aux=True", [f"out: {_form_of(out)}"], "aux is missing", form)
+    loss = out[0] if has_aux else out
+    if not has_aux and isinstance(loss, tuple):
+        cause = "loss_fn returns aux as well: with_optimizer(loss_fn, tx, has_aux=True)"
+        raise _misreturned("a scalar loss first", [f"out: {_form_of(loss)}"], cause, form)
+    if not _is_real_scalar(loss):
+        cause = "loss and state were swapped" if isinstance(loss, dict) else "the loss was not reduced to one real number"
+        fix = form if isinstance(loss, dict) else form.replace("loss", "loss.mean()", 1)
+        raise _misreturned("a real scalar loss, f32[]", [f"loss: {_form_of(loss)}"], cause, fix)
+    return out, new_state
+
+
+def _form_of(value: Any) -> str:
+    return f"a tuple of {len(value)}" if isinstance(value, tuple) else describe(value)
+
+
+def _is_real_scalar(loss: Any) -> bool:
+    return is_array(loss) and loss.shape == () and jnp.issubdtype(loss.dtype, jnp.floating)
+
+
+def _misreturned(required: str, got: list[str], cause: str, fix: str) -> SignatureError:
+    return SignatureError(explain("with_optimizer(loss_fn, tx)", f"loss_fn must return {required}", got, cause=cause, fix=fix))
+
+
+def _check_carry(carry: Any) -> None:
+    if not isinstance(carry, Carry):
+        raise SignatureError(
+            explain(
+                "step(carry, batch)",
+                "the first argument must be a Carry",
+                [f"carry: {_form_of(carry)}"],
+                cause="params were passed, or what a checkpoint gave back was not adopted",
+                fix="init_carry(params, state, tx), or adopt_carry(restored, carry)",
+            )
+        )
+    strange = {
+        path: describe(leaf)
+        for path, leaf in keyed_leaves(carry.params, "carry.params").items()
+        if not jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact)
+    }
+    if strange:
+        raise SignatureError(
+            explain(
+                "with_optimizer(loss_fn, tx)",
+                "every param must be differentiable: of a floating or complex dtype",
+                [f"{path}: {words}" for path, words in strange.items()],
+                cause="counters or keys were split off as params",
+                fix="split_params(variables, trainable=lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.inexact))",
+            ),
+            strange,
+        )
+
+
+def _check_count(where: str, count: Any) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise SignatureError(
+            explain(
+                where,
+                "a whole number of at least 1",
+                [f"{describe(count)}: {count!r}" if isinstance(count, int | float) else describe(count)],
+                cause="something else was passed",
+                fix=where.replace("...", "4"),
+            )
+        )
+
+
+def with_ema(step: Step[Carry, BatchT, OutT], *, decay: float | Callable[[Any], Any]) -> Step[Carry, BatchT, OutT]:
+    """Keeps an exponential moving average of the params in `state['ema']`.
+
+    Law: after each step `ema = decay * ema + (1 - decay) * params`. To evaluate with it: `apply(carry.state["ema"], ...)`.
+
+    >>> import jax.numpy as jnp, optax, flaxsplit as fs
+    >>> loss_fn = lambda params, state, batch: (jnp.sum(params["w"] * batch), state)
+    >>> tx, params = optax.sgd(1.0), {"w": jnp.ones(2)}
+    >>> step = fs.with_ema(fs.with_optimizer(loss_fn, tx), decay=0.5)
+    >>> carry, _ = step(fs.init_carry(params, {"ema": params}, tx), jnp.ones(2))
+    >>> carry.params["w"], carry.state["ema"]["w"]
+    (Array([0., 0.], dtype=float32), Array([0.5, 0.5], dtype=float32))
+
+    Args:
+        step: a step over a `Carry`.
+        decay: how much of the average stays, between 0 and 1; or a schedule of the step count.
+
+    Returns:
+        A step with the same `out`.
+
+    Raises:
+        CollectionError: `state['ema']` is not there or not of the params' structure.
+        SignatureError: `decay` is not between 0 and 1.
+
+    As `optax.ema` on params instead of gradients; the average is state, so a scan, mesh or checkpoint carries it.
+    """
+    if not callable(decay) and not (isinstance(decay, float | int) and 0 <= decay <= 1):
+        raise SignatureError(
+            explain(
+                "with_ema(decay=...)",
+                "a number between 0 and 1, or a schedule",
+                [f"decay: {decay!r}"],
+                cause="1 - decay was passed, or a percentage",
+                fix="with_ema(step, decay=0.999)",
+            )
+        )
+
+    @wraps(step)
+    def averaging(carry: Carry, batch: Any) -> tuple[Carry, Any]:
+        _check_carry(carry)
+        _check_ema(carry)
+        ema = carry.state["ema"]
+        new_carry, out = step(carry, batch)
+        weight = 1 - (decay(carry.step) if callable(decay) else decay)
+        new_ema = optax.incremental_update(new_carry.params, ema, weight)
+        new_ema = jax.tree.map(lambda new, old: new.astype(old.dtype), new_ema, ema)
+        return new_carry._replace(state={**new_carry.state, "ema": new_ema}), out
+
+    return averaging
+
+
+def _check_ema(carry: Carry) -> None:
+    changed = differences(carry.params, carry.state.get("ema"), "state['ema']")
+    if changed:
+        raise CollectionError(
+            explain(
+                "with_ema(step)",
+                "state['ema'] must have the structure of the params (params -> ema)",
+                [str(each) for each in changed],
+                cause="the average was not put into the state" if "ema" not in carry.state else "it belongs to other params",
+                fix="init_carry(params, state | {'ema': params}, tx)",
+            ),
+            map(str, changed),
+        )
+
+
+def scan_steps(step: Step[C, BatchT, OutT], *, unroll: int = 1) -> Step[C, BatchT, OutT]:
+    """Runs many steps in one dispatch: `(carry, batches) -> (carry, outs)` over a leading axis.
+
+    Law: equals calling `step` in a loop and stacking the outs. Equals `lambda c, b: jax.lax.scan(step, c, b)`.
+
+    >>> import jax.numpy as jnp, flaxsplit as fs
+    >>> fs.scan_steps(lambda carry, batch: (carry + batch, carry))(jnp.int32(0), jnp.arange(4))
+    (Array(6, dtype=int32), Array([0, 0, 1, 3], dtype=int32))
+
+    Args:
+        step: a step over any carry.
+        unroll: as in `jax.lax.scan`.
+
+    Returns:
+        A step over stacked batches; see `stack_batches`.
+
+    Raises:
+        SignatureError: the batches' leading axes differ.
+        StateDriftError: the carry comes out in another structure, shape or dtype.
+    """
+
+    @wraps(step)
+    def scanned(carry: Any, batches: Any) -> tuple[Any, Any]:
+        _check_leading(batches)
+
+        def body(_carry: Any, _batch: Any) -> tuple[Any, Any]:
+            _new_carry, _out = step(_carry, _batch)
+            return check_drift("scan_steps(step)", "carry", _carry, _new_carry), _out
+
+        return jax.lax.scan(body, carry, batches, unroll=unroll)
+
+    return scanned
+
+
+def _check_leading(batches: Any) -> None:
+    leaves = keyed_leaves(batches, "batches")
+    sizes = {leaf.shape[0] if is_array(leaf) and leaf.shape else None for leaf in leaves.values()}
+    if len(sizes) != 1 or None in sizes:
+        got = [f"{path}: {describe(leaf)}" for path, leaf in leaves.items()]
+        raise SignatureError(
+            explain(
+                "scan_steps(step)",
+                "every leaf of batches must have one leading axis, of one size: the steps",
+                got or ["no leaf in batches"],
+                cause="a single batch was passed, or batches were stacked apart",
+                fix="for batches in stack_batches(loader, 10): carry, outs = step(carry, batches)",
+            ),
+            got,
+        )
+
+
+def stack_batches(batches: Iterable[BatchT], size: int) -> Iterator[BatchT]:
+    """Stacks batches from any iterable, `size` at a time, for `scan_steps`.
+
+    Law: `[b for stack in stack_batches(batches, n) for b in unstacked(stack)] == list(batches)`: none is lost.
+
+    >>> import numpy as np, flaxsplit as fs
+    >>> ragged = [np.zeros((4, 2)), np.zeros((4, 2)), np.zeros((4, 2)), np.zeros((1, 2))]
+    >>> [stack.shape for stack in fs.stack_batches(ragged, 2)]
+    [(2, 4, 2), (1, 4, 2), (1, 1, 2)]
+
+    Args:
+        batches: an iterable of batches; read lazily, so it may be endless.
+        size: how many to stack.
+
+    Yields:
+        Stacks of `size` batches; fewer at the end, and where the next batch has another shape (the ragged end).
+
+    Raises:
+        SignatureError: `size` is not a whole number of at least 1.
+    """
+    _check_count("stack_batches(batches, size=...)", size)
+    return _stacks(batches, size)
+
+
+def _stacks(batches: Iterable[Any], size: int) -> Iterator[Any]:
+    for _, alike in itertools.groupby(batches, key=lambda batch: jax.tree.flatten(abstract(batch))):
+        while group := list(itertools.islice(alike, size)):
+            yield jax.tree.map(_stacked, *group)
+
+
+def _stacked(*leaves: Any) -> Any:
+    return np.stack(leaves) if not any(isinstance(leaf, jax.Array) for leaf in leaves) else jnp.stack(leaves)
+
+
+def jit_step(step: Step[C, BatchT, OutT], *, like: Any = None, donate: bool = True) -> JittedStep[C, BatchT, OutT]:
+    """Compiles a step, the carry donated.
+
+    Law: equals `jax.jit(step, donate_argnums=0)`, and is the object that it returns: `.lower`, `.trace` and the C++ fast path
+    are there.
+
+    >>> import jax.numpy as jnp, flaxsplit as fs
+    >>> step = fs.jit_step(lambda carry, batch: (carry + batch, carry))
+    >>> step(jnp.zeros(2), jnp.ones(2))[0]
+    Array([1., 1.], dtype=float32)
+
+    Args:
+        step: a step over any pytree: a `Carry`, a `TrainState`.
+        like: a carry whose shardings the carry that comes out is to have, so that on a mesh the second call hits the first
+            call's executable.
+        donate: whether the carry's buffers are reused. A carry can then be passed once: a second time JAX raises
+            `RuntimeError: Array has been deleted`, in its own words, since nothing of ours runs at a dispatch.
+
+    Returns:
+        The compiled step.
+
+    Raises:
+        SignatureError: a leaf of `like` has no sharding.
+    """
+    donated: Any = (0,) if donate else ()
+    if like is None:
+        return cast(Any, jax.jit(step, donate_argnums=donated))
+    return cast(Any, jax.jit(step, donate_argnums=donated, out_shardings=(_shardings(like), None)))
+
+
+def _shardings(like: Any) -> Any:
+    strange = [
+        f"{path}: {describe(leaf)}"
+        for path, leaf in keyed_leaves(like, "like").items()
+        if getattr(leaf, "sharding", None) is None
+    ]
+    if strange:
+        raise SignatureError(
+            explain(
+                "jit_step(like=...)",
+                "every leaf of like must say its sharding",
+                strange,
+                cause="abstract values without a sharding, NumPy arrays or numbers",
+                fix="jit_step(step, like=init_carry(params, state, tx))",
+            ),
+            strange,
+        )
+    return jax.tree.map(lambda leaf: leaf.sharding, like)

@@ -1,0 +1,157 @@
+"""Seeing what the compiler does: how often a function is traced and compiled, and why again."""
+
+import functools
+import inspect
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+
+from ._describe import Difference, abstract, differences, name_of
+from ._errors import RetraceError, explain
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_TRACE = "/jax/core/compile/jaxpr_trace_duration"
+_COMPILE = "/jax/core/compile/backend_compile_duration"
+
+
+def assert_max_traces(fn: Callable[P, R], max_traces: int = 1) -> Callable[P, R]:
+    """Fails where `fn` is traced more than `max_traces` times, with a table of what changed.
+
+    Law: `jit_step(assert_max_traces(step))` computes what `jit_step(step)` does, for the same time: the count is kept while
+    tracing, and nothing of it is compiled.
+
+    >>> import jax, jax.numpy as jnp, flaxsplit as fs
+    >>> double = jax.jit(fs.assert_max_traces(lambda x: 2 * x))
+    >>> double(jnp.ones(3)).shape, double(jnp.zeros(3)).shape
+    ((3,), (3,))
+
+    Args:
+        fn: a function that is going to be jitted.
+        max_traces: how many traces are due: one for each signature that is meant.
+
+    Returns:
+        `fn`, counted.
+
+    Raises:
+        RetraceError: one trace more; names each leaf and static value that changed against the nearest earlier trace.
+
+    As `chex.assert_max_traces`, but it says why.
+    """
+    seen: list[dict[str, Any]] = []
+    lock = threading.Lock()
+
+    @functools.wraps(fn)
+    def counted(*args: P.args, **kwargs: P.kwargs) -> R:
+        call = {name: abstract(value) for name, value in _named(fn, args, kwargs).items()}
+        with lock:
+            if len(seen) >= max_traces:
+                raise _retraced(name_of(fn), seen, call, max_traces)
+            seen.append(call)
+        return fn(*args, **kwargs)
+
+    return counted
+
+
+def _named(fn: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    try:
+        return dict(inspect.signature(fn).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):  # no signature, or a wrong call: then fn itself complains
+        return {f"args[{i}]": arg for i, arg in enumerate(args)} | kwargs
+
+
+def _retraced(name: str, seen: list[dict[str, Any]], call: dict[str, Any], max_traces: int) -> RetraceError:
+    changed = min((_changed(earlier, call) for earlier in seen), key=len)
+    if changed:
+        cause = "the call differs from every earlier one, and JAX compiles for each"
+        fix = "make the carry with init_carry, settle its state, keep batches of one shape; or a higher max_traces"
+    else:
+        cause = "jax.jit was applied anew (a new function object per loop), its cache was cleared, or fn ran without jax.jit"
+        fix = "step = jit_step(...) once, before the loop"
+    return RetraceError(
+        explain(
+            f"assert_max_traces({name}, max_traces={max_traces})",
+            f"traced {len(seen) + 1} times",
+            [str(each) for each in changed] or ["no argument changed"],
+            cause=cause,
+            fix=fix,
+        ),
+        map(str, changed),
+    )
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[Difference]:
+    both = {**before, **after}
+    return [each for name in both for each in differences(before.get(name), after.get(name), name)]
+
+
+@dataclass
+class CompileLog:
+    """What was traced and compiled while the log was open, by function name.
+
+    Attributes:
+        traces: traces of each function, functions inside it included.
+        compiles: backend compiles of each function.
+        trace_seconds: time spent tracing it, in seconds.
+        compile_seconds: time spent in the backend compiler, in seconds.
+    """
+
+    traces: Counter[str] = field(default_factory=Counter)
+    compiles: Counter[str] = field(default_factory=Counter)
+    trace_seconds: dict[str, float] = field(default_factory=dict)
+    compile_seconds: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = [
+            f"{self.traces[name]:6d} {self.trace_seconds.get(name, 0):9.3f} {self.compiles[name]:8d} "
+            f"{self.compile_seconds.get(name, 0):10.3f}  {name}"
+            for name in sorted(self.traces | self.compiles)
+        ]
+        return "\n".join(["traces   seconds compiles    seconds  function", *rows])
+
+
+@contextmanager
+def compile_log() -> Iterator[CompileLog]:
+    """Counts traces and backend compiles, by function, with seconds.
+
+    Law: `log.compiles` is what XLA was asked for between enter and exit, by any thread; logs may be nested.
+
+    >>> import jax, jax.numpy as jnp, flaxsplit as fs
+    >>> def double(x):
+    ...     return 2 * x
+    >>> with fs.compile_log() as log:
+    ...     _ = jax.jit(double)(jnp.ones(3))
+    >>> log.traces["double"], log.compiles["double"]
+    (1, 1)
+
+    Yields:
+        A `CompileLog`, filled while open and kept afterwards. `print(log)` shows a table.
+
+    From `jax.monitoring`: nothing is patched, and a dispatch that compiles nothing does not pass here.
+    """
+    log, lock, open_ = CompileLog(), threading.Lock(), threading.Event()
+    open_.set()
+
+    def listen(event: str, seconds: float, **details: Any) -> None:
+        if event not in (_TRACE, _COMPILE) or not open_.is_set():
+            return
+        name = str(details.get("fun_name", "?"))
+        name = name.removeprefix("jit(").removesuffix(")") if name.startswith("jit(") else name
+        counts, times = (log.traces, log.trace_seconds) if event == _TRACE else (log.compiles, log.compile_seconds)
+        with lock:
+            counts[name] += 1
+            times[name] = times.get(name, 0.0) + seconds
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield log
+    finally:
+        open_.clear()
+        if hasattr(jax.monitoring, "unregister_event_duration_listener"):  # jax >= 0.8; a closed one stays deaf before
+            jax.monitoring.unregister_event_duration_listener(listen)

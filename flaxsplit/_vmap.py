@@ -1,0 +1,262 @@
+"""Run it many times at once: a stateful function per example becomes one over the batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import jax
+from jax.custom_batching import custom_vmap
+
+from ._describe import describe, differences, keyed_leaves, wraps
+from ._errors import CollectionError, SignatureError, StateDriftError, UnsyncedStateError, explain
+from ._rngs import draw
+from ._types import Axes, State, StatefulT, Tree
+
+
+def vmap_stateful(
+    fn: StatefulT,
+    *,
+    in_axes: Axes = 0,
+    out_axes: Any = 0,
+    axis_name: str | None = "batch",
+    params_axes: Any = None,
+    state_axes: Mapping[str, Any] | None = None,
+    split_rngs: bool | Mapping[str, bool] = True,
+    axis_size: int | None = None,
+    spmd_axis_name: str | tuple[str, ...] | None = None,
+) -> StatefulT:
+    """Maps a stateful function over its `*args`; state that no axis is given for goes in and comes out unbatched.
+
+    Law: with a model that syncs over `axis_name`, equals the same model, without it, on the whole batch.
+    Equals `jax.vmap(fn, in_axes=(None, None, 0, ...), out_axes=(0, None), axis_name="batch")` where there are no rngs.
+
+    >>> import jax, flax.linen as nn, flaxsplit as fs
+    >>> model = nn.BatchNorm(use_running_average=False, axis_name="batch")
+    >>> x = jax.numpy.ones((8, 3))
+    >>> params, state = fs.split_params(model.init(jax.random.key(0), x[0]))
+    >>> out, state = fs.vmap_stateful(fs.with_mutable(model))(params, state, x)
+    >>> out.shape, state["batch_stats"]["mean"].shape
+    ((8, 3), (3,))
+
+    Args:
+        fn: a stateful function over one example.
+        in_axes: as in `jax.vmap`, for `*args` alone. Keyword arguments are not mapped.
+        out_axes: as in `jax.vmap`, for `out` alone.
+        axis_name: what collectives such as `nn.BatchNorm(axis_name=...)` call the mapped axis.
+        params_axes: axes of the params, for ensembles; shared by default.
+        state_axes: `{collection: axes}`, as `variable_axes` of `nn.vmap`; what is not named is shared.
+        split_rngs: whether lanes draw different keys, for all streams or by stream.
+        axis_size: the number of lanes, where no argument tells.
+        spmd_axis_name: as in `jax.vmap`.
+
+    Returns:
+        A stateful function over the batch.
+
+    Raises:
+        UnsyncedStateError: a shared leaf came out different per lane; names it.
+        SignatureError: batch sizes differ, nothing is mapped, or `axis_name` is bound already.
+        CollectionError: `state_axes` names a collection that the state lacks.
+
+    As `jax.vmap`, but it knows params, state and rngs apart.
+    """
+
+    @wraps(fn)
+    def mapped(params: Tree, state: Tree, /, *args: Any, rngs: Any = None, **kwargs: Any) -> tuple[Any, State]:
+        _check_unbound(axis_name)
+        axes, arg_axes = _axes_of(state, state_axes), _per_argument(in_axes, args)
+        size = axis_size or _lanes(params, params_axes, state, axes, args, arg_axes)
+        # with_rngs may also be inside: then the lanes must not share the keys that the state holds
+        held = {name: state[name] for name in ("rngs",) if name in state and axes[name] is None}
+        rest = {name: tree for name, tree in state.items() if name not in held}
+        rest_axes = {name: axes[name] for name in rest}
+        advanced, drawn = draw(held.get("rngs", {}))
+        keys, key_axes = _lane_keys((rngs or {}, drawn), split_rngs, size)
+        untouched = True
+
+        def lane(_params: Tree, _rest: Tree, _keys: Any, *_args: Any) -> tuple[Any, State]:
+            nonlocal untouched
+            _state = {**_rest, "rngs": _keys[1]} if held else _rest
+            _given = {} if rngs is None else {"rngs": _keys[0]}
+            _out, _new_state = fn(_params, _state, *_args, **_given, **kwargs)
+            _check_collections(_state, _new_state)
+            untouched = not held or _same_leaves(_keys[1], _new_state["rngs"])
+            return _out, {name: _new_state[name] for name in _rest}
+
+        def run(function: Any, out: Any) -> Any:
+            each = jax.vmap(
+                function,
+                in_axes=(params_axes, rest_axes, key_axes, *arg_axes),
+                out_axes=out,
+                axis_name=axis_name,
+                axis_size=size,
+                spmd_axis_name=spmd_axis_name,
+            )
+            return each(params, rest, keys, *args)
+
+        try:
+            out, new_rest = run(lane, (out_axes, rest_axes))
+        except ValueError as error:
+            if "out_axes is None" in str(error):
+                _raise_unsynced(lane, run, rest_axes, axis_name, params_axes is not None, error)
+            raise
+        return out, new_rest | (held if untouched else {"rngs": advanced})
+
+    return cast(StatefulT, mapped)
+
+
+def _same_leaves(before: Any, after: Any) -> bool:
+    old, new = jax.tree.leaves(before), jax.tree.leaves(after)
+    return len(old) == len(new) and all(a is b for a, b in zip(old, new, strict=True))
+
+
+def _lane_keys(rngs: tuple[Any, ...], split: bool | Mapping[str, bool], size: int) -> tuple[Any, Any]:
+    """Gives each lane its own key of every stream that is to be split, and says which have a lane axis."""
+
+    def wanted(name: str) -> bool:
+        return split if isinstance(split, bool) else split.get(name, True)
+
+    keys = [{name: jax.random.split(key, size) if wanted(name) else key for name, key in each.items()} for each in rngs]
+    return tuple(keys), tuple({name: 0 if wanted(name) else None for name in each} for each in rngs)
+
+
+def _axes_of(state: Tree, state_axes: Mapping[str, Any] | None) -> dict[str, Any]:
+    unknown = [name for name in state_axes or {} if name not in state]
+    if unknown:
+        raise CollectionError(
+            explain(
+                "vmap_stateful(state_axes=...)",
+                "every collection that an axis is given for must be in the state",
+                [f"{name!r} is not one of {sorted(map(str, state))}" for name in unknown],
+                cause="a misspelt collection, or it was not split off with the state",
+                fix="vmap_stateful(fn, state_axes={'batch_stats': 0})",
+            ),
+            unknown,
+        )
+    return {name: (state_axes or {}).get(name) for name in state}
+
+
+def _per_argument(in_axes: Axes, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not isinstance(in_axes, Sequence):
+        return (in_axes,) * len(args)
+    if len(in_axes) != len(args):
+        raise SignatureError(
+            explain(
+                "vmap_stateful(in_axes=...)",
+                "in_axes must have one entry per positional argument after params and state",
+                [f"in_axes: {len(in_axes)} entries, for {len(args)} arguments"],
+                cause="params and state were counted too, or keyword arguments were",
+                fix="vmap_stateful(fn, in_axes=0)",
+            )
+        )
+    return tuple(in_axes)
+
+
+def _lanes(params: Tree, params_axes: Any, state: Tree, axes: Tree, args: tuple[Any, ...], arg_axes: tuple[Any, ...]) -> int:
+    """Finds the one size of all mapped axes; names every leaf where there is none or more than one."""
+    roots = {"params": (params, params_axes), "state": (dict(state), axes)}
+    roots |= {f"args[{i}]": (arg, arg_axes[i]) for i, arg in enumerate(args)}
+    sizes = {}
+    for name, (tree, prefix) in roots.items():
+        leaf_axes = jax.tree.leaves(jax.tree.broadcast(prefix, tree, is_leaf=_is_none), is_leaf=_is_none)
+        for (path, leaf), axis in zip(keyed_leaves(tree, name).items(), leaf_axes, strict=True):
+            if axis is not None:
+                shape = getattr(leaf, "shape", ())
+                sizes[path] = (shape[axis] if -len(shape) <= axis < len(shape) else None, describe(leaf), axis)
+    found = {size for size, _, _ in sizes.values()}
+    if len(found) == 1 and None not in found:
+        return int(found.pop() or 0)
+    raise SignatureError(
+        explain(
+            "vmap_stateful(in_axes=...)",
+            "all mapped axes must have one size",
+            [f"{path}: {words}, axis {axis}" for path, (_, words, axis) in sizes.items()] or ["no axis is mapped"],
+            cause="the arguments are not of one batch, or one of them has no batch axis"
+            if sizes
+            else "every argument was passed by keyword, or in_axes is None",
+            fix="in_axes=(0, None) for an argument that all lanes share"
+            if sizes
+            else "fn(params, state, x): arguments to map come by position; or axis_size=",
+        ),
+        sizes,
+    )
+
+
+def _is_none(node: Any) -> bool:
+    return node is None
+
+
+def _check_unbound(axis_name: str | None) -> None:
+    """Looks the name up without an instruction: `psum` of a Python number is its count."""
+    try:
+        jax.lax.psum(1, () if axis_name is None else axis_name)
+    except NameError:
+        return
+    if axis_name is not None:
+        raise SignatureError(
+            explain(
+                "vmap_stateful(axis_name=...)",
+                "the name must be free",
+                [f"axis_name: {axis_name!r} is bound by an enclosing vmap, pmap or shard_map"],
+                cause="vmap_stateful was applied twice with the same name",
+                fix=f"vmap_stateful(fn, axis_name='inner'), and axis_name=({axis_name!r}, 'inner') in the layers",
+            )
+        )
+
+
+def _check_collections(before: Tree, after: Tree) -> None:
+    if before.keys() != after.keys():
+        changed = differences(dict(before), dict(after), "state")
+        raise StateDriftError(
+            explain(
+                "vmap_stateful(fn)",
+                "fn must return the collections that it was given",
+                [str(each) for each in changed],
+                cause="a collection was dropped or added",
+                fix="return out, {**state, 'batch_stats': new_batch_stats}",
+            ),
+            map(str, changed),
+        )
+
+
+def _raise_unsynced(lane: Any, run: Any, axes: Tree, axis_name: str | None, ensemble: bool, error: ValueError) -> None:
+    """Runs the lanes once more, abstractly, to ask each shared leaf whether it is mapped. Returns if none is."""
+    mapped: list[str] = []
+
+    def probed(*args: Any) -> Any:
+        _, new_state = lane(*args)
+        leaves = keyed_leaves({name: tree for name, tree in new_state.items() if axes[name] is None}, "state")
+        return _probe(mapped, list(leaves))(*leaves.values())
+
+    jax.eval_shape(lambda: run(probed, 0))
+    if not mapped:
+        return
+    collection, *layers = mapped[0].removeprefix("state['").removesuffix("']").split("']['")
+    layer = "/".join(layers[:-1]) or "the model"
+    raise UnsyncedStateError(
+        explain(
+            "vmap_stateful(fn)",
+            "state without an axis must come out the same in every lane",
+            [f"{path}: differs per lane" for path in mapped],
+            cause="params_axes makes an ensemble, and every member has its own state"
+            if ensemble
+            else f"{layer} computes its statistics per lane: it lacks axis_name={axis_name!r}",
+            fix=f"vmap_stateful(fn, params_axes=..., state_axes={{{collection!r}: 0}})"
+            if ensemble
+            else f"nn.BatchNorm(..., axis_name={axis_name!r}) in {layer}, or state_axes={{{collection!r}: 0}}",
+        ),
+        mapped,
+    ) from error
+
+
+def _probe(mapped: list[str], paths: list[str]) -> Any:
+    """An identity whose batching rule is told which of its arguments differ per lane."""
+
+    @custom_vmap
+    def probe(*leaves: Any) -> Any:
+        return leaves
+
+    @probe.def_vmap
+    def _rule(axis_size: int, in_batched: list[bool], *leaves: Any) -> Any:
+        mapped.extend(path for path, batched in zip(paths, in_batched, strict=True) if batched)
+        return leaves, tuple(in_batched)
+
+    return probe
