@@ -9,7 +9,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ._describe import Difference, describe, differences, is_array, keyed_leaves, plain, strong
-from ._errors import CollectionError, SignatureError, StateDriftError, explain
+from ._errors import CollectionError, SignatureError, StateDriftError
 from ._types import Carry, Tree
 
 T = TypeVar("T")
@@ -18,8 +18,8 @@ T = TypeVar("T")
 def init_carry(params: Tree, state: Tree, tx: optax.GradientTransformation) -> Carry:
     """Makes the carry that a step threads.
 
-    Law: `init_carry(params, state, tx)` has the values of `Carry(0, params, state, tx.init(params))`, and a step gives it
-    back in the same structure, shapes, dtypes and placement.
+    Law: it has the values of `Carry(0, params, state, tx.init(params))`, and a step gives it back in the same structure,
+    shapes, dtypes and placement.
 
     >>> import jax.numpy as jnp, optax, flaxsplit as fs
     >>> carry = fs.init_carry({"w": jnp.ones(3)}, {}, optax.sgd(0.1))
@@ -32,37 +32,34 @@ def init_carry(params: Tree, state: Tree, tx: optax.GradientTransformation) -> C
         tx: an optax transformation.
 
     Returns:
-        A `Carry` of JAX arrays without weak types or aliases, committed to one placement: if any leaf lives on a mesh every
-        leaf does (others replicated), else all are on one device.
+        A `Carry` of JAX arrays without weak types or aliases, committed to one placement: if any leaf lives on a mesh
+        every leaf does (others replicated), else all are on one device.
 
     Raises:
         SignatureError: a leaf is not an array or number, or params and state live on different devices or meshes.
 
     As `flax.training.train_state.TrainState.create`, without functions in the tree.
     """
-    params, state = _owned(plain(params), "params"), _owned(plain(state), "state")
-    carry = Carry(jnp.zeros((), jnp.int32), params, state, _owned(tx.init(params), "opt_state"))
-    return _placed(carry)
+    own_params, own_state = _owned(plain(params), "params"), _owned(plain(state), "state")
+    opt_state = _owned(tx.init(own_params), "opt_state")
+    return _placed(Carry(jnp.zeros((), jnp.int32), own_params, own_state, opt_state))
 
 
 def _owned(tree: T, name: str) -> T:
     strange = [f"{path}: {describe(leaf)}" for path, leaf in keyed_leaves(tree, name).items() if not _is_numeric(leaf)]
     if strange:
         raise SignatureError(
-            explain(
-                "init_carry(params, state, tx)",
-                "every leaf must be an array or a number",
-                strange,
-                cause="a function, a string or another object was stored in the tree",
-                fix="keep what does not change out of the carry, in the function's closure",
-            ),
+            "init_carry(params, state, tx)",
+            "every leaf must be an array or a number",
             strange,
+            "a function, a string or another object was stored in the tree",
+            "keep what does not change out of the carry, in the function's closure",
         )
     return jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jax.typeof(leaf).dtype, copy=True), tree)
 
 
 def _is_numeric(leaf: Any) -> bool:
-    return isinstance(leaf, bool | int | float | complex) or (is_array(leaf) and jnp.dtype(leaf.dtype) != object)
+    return isinstance(leaf, bool | int | float | complex) or (is_array(leaf) and leaf.dtype.kind not in "OSU")
 
 
 def _placed(carry: Carry) -> Carry:
@@ -88,22 +85,19 @@ def _check_one(placements: Mapping[str, Any]) -> None:
     if len(set(placements.values())) > 1:
         where = [f"{path}: {placement}" for path, placement in placements.items()]
         raise SignatureError(
-            explain(
-                "init_carry(params, state, tx)",
-                "all leaves must live on one mesh or one device",
-                where,
-                cause="params and state were placed apart",
-                fix="jax.device_put((params, state), sharding) before init_carry",
-            ),
+            "init_carry(params, state, tx)",
+            "all leaves must live on one mesh or one device",
             where,
+            "params and state were placed apart",
+            "jax.device_put((params, state), sharding) before init_carry",
         )
 
 
 def adopt_carry(restored: Any, like: T) -> T:
     """Makes what a checkpoint gave back into a carry that the compiled step takes without compiling again.
 
-    Law: `adopt_carry(carry, carry) == carry` in values, structure, dtypes and placement; also after a round trip through
-    NumPy, lists for tuples, dicts for named tuples, key data for keys.
+    Law: `adopt_carry(carry, carry) == carry` in values, structure, dtypes and placement; also after a round trip
+    through NumPy, lists for tuples, dicts for named tuples, key data for keys.
 
     >>> import jax, jax.numpy as jnp, optax, flaxsplit as fs
     >>> carry = fs.init_carry({"w": jnp.ones(3)}, {}, optax.adam(0.1))
@@ -114,8 +108,8 @@ def adopt_carry(restored: Any, like: T) -> T:
 
     Args:
         restored: what the checkpoint library returned.
-        like: a carry as `init_carry` makes it; only its shapes, dtypes and shardings are read, so a donated one, or one of
-            `jax.ShapeDtypeStruct`, does too.
+        like: a carry as `init_carry` makes it; only its shapes, dtypes and shardings are read, so a donated one, or
+            one of `jax.ShapeDtypeStruct`, does too.
 
     Returns:
         A carry of `like`'s structure and placement, with buffers of its own.
@@ -140,14 +134,11 @@ def adopt_carry(restored: Any, like: T) -> T:
     wrong += [Difference("carry" + jax.tree_util.keystr(path), "absent", "in the checkpoint") for path in left]
     if wrong:
         raise CollectionError(
-            explain(
-                "adopt_carry(restored, like)",
-                "every leaf must have the shape and dtype that it has in like (like -> restored)",
-                [str(each) for each in wrong],
-                cause="the checkpoint is of another model or optimizer",
-                fix="adopt_carry(restored, init_carry(params, state, tx)) with the model and tx that were saved",
-            ),
-            map(str, wrong),
+            "adopt_carry(restored, like)",
+            "every leaf must have the shape and dtype that it has in like (like -> restored)",
+            [str(each) for each in wrong],
+            "the checkpoint is of another model or optimizer",
+            "adopt_carry(restored, init_carry(params, state, tx)) with the model and tx that were saved",
         )
     return jax.tree.unflatten(treedef, [_like(value, leaf) for value, leaf in found])
 
@@ -185,7 +176,11 @@ def _unwrapped(value: Any, leaf: Any) -> Any:
     """Key data becomes keys again where keys are due."""
     wants_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     if wants_key and is_array(value) and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(leaf)) if value.dtype == jnp.uint32 else value
+        return (
+            jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(leaf))
+            if value.dtype == jnp.uint32
+            else value
+        )
     return value
 
 
@@ -214,14 +209,11 @@ def check_drift(where: str, name: str, before: Any, after: Any) -> Any:
         return after
     changed = differences(jax.tree.map(strong, before), after, name)
     raise StateDriftError(
-        explain(
-            where,
-            "what comes out must have the structure, shapes and dtypes of what went in",
-            [str(each) for each in changed],
-            cause=_cause(changed),
-            fix=_fix(changed),
-        ),
-        map(str, changed),
+        where,
+        "what comes out must have the structure, shapes and dtypes of what went in",
+        [str(each) for each in changed],
+        _cause(changed),
+        _fix(changed),
     )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -144,13 +144,13 @@ def _told_apart(old: Any, new: Any) -> tuple[str, str]:
     return (before, after) if before != after else (before, f"another {after} (not equal to the first)")
 
 
-def shorten(lines: list[str], most: int = 12) -> list[str]:
+def shorten(lines: Sequence[str], most: int = 12) -> list[str]:
     """Keeps a message readable where every leaf of a large tree is at fault."""
-    return lines if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more"]
+    return [*lines] if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more"]
 
 
 def plain(tree: Any) -> Any:
-    """Rebuilds nested mappings as plain dicts: no view of the argument is returned, leaves and boxes stay as they are."""
+    """Rebuilds nested mappings as plain dicts, never a view of the argument; leaves and boxes stay as they are."""
     return {key: plain(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
 
 
@@ -193,7 +193,11 @@ def _signature(fn: Any, leading: tuple[str, ...], replaces: int) -> inspect.Sign
     except (TypeError, ValueError):  # some builtins have none
         return None
     kept = list(signature.parameters.values())
-    while replaces and kept and kept[0].kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
+    while (
+        replaces
+        and kept
+        and kept[0].kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    ):
         del kept[0]
         replaces -= 1
     first = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in leading]

@@ -1,22 +1,28 @@
 """How flaxsplit speaks of failure: five classes, each a builtin's child, and one anatomy for every message."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from ._describe import shorten
 
 
-class _Explained(Exception):
-    """Keeps what a message names as attributes, so that a program can read it too.
+class _Explained(Exception):  # noqa: N818 (what errors and a warning share; neither's name would fit both)
+    """Says which call failed, what it required, what came, the likely cause, and the corrected call.
 
     Attributes:
-        leaves: every offending leaf or difference, in words, also where the message shows only the first.
+        where: the function and argument.
+        required: what was required.
+        leaves: what came instead, line by line, with key paths and never with values; the message shows the first.
+        cause: the likely cause.
+        fix: the corrected call.
     """
 
-    leaves: tuple[str, ...] = ()
+    def __init__(self, where: str, required: str, leaves: Sequence[str], cause: str, fix: str) -> None:
+        super().__init__(where, required, leaves, cause, fix)  # all of it, so that it can be pickled
+        self.where, self.required, self.leaves, self.cause, self.fix = where, required, tuple(leaves), cause, fix
 
-    def __init__(self, message: str, leaves: Iterable[str] = ()) -> None:
-        super().__init__(message)
-        self.leaves = tuple(leaves)
+    def __str__(self) -> str:
+        got = "".join(f"\n    {line}" for line in shorten(self.leaves))
+        return f"{self.where}: {self.required}\n  got:{got}\n  likely cause: {self.cause}\n  fix: {self.fix}"
 
 
 class CollectionError(_Explained, ValueError):
@@ -39,22 +45,9 @@ class RetraceError(_Explained, RuntimeError):
     """A function was traced more often than allowed; the message is the table of what changed."""
 
 
-class UntouchedStateWarning(UserWarning):
+class UntouchedStateWarning(_Explained, UserWarning):
     """Collections were mutable and no leaf of any was written."""
 
 
-for _class in (
-    CollectionError,
-    SignatureError,
-    StateDriftError,
-    UnsyncedStateError,
-    RetraceError,
-    UntouchedStateWarning,
-):
+for _class in list(_Explained.__subclasses__()):
     _class.__module__ = "flaxsplit"
-
-
-def explain(where: str, required: str, got: Sequence[str], *, cause: str, fix: str) -> str:
-    """Builds a message: which call, what it required, what came, the likely cause, the corrected call."""
-    came = "".join(f"\n    {line}" for line in shorten(list(got)))
-    return f"{where}: {required}\n  got:{came}\n  likely cause: {cause}\n  fix: {fix}"

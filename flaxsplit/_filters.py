@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from ._describe import describe, keyed_leaves
-from ._errors import CollectionError, SignatureError, explain
+from ._errors import CollectionError, SignatureError
 from ._types import Trainable, Tree
 
 Path = tuple[Any, ...]
@@ -63,13 +63,11 @@ def _chosen(trainable: Trainable, leaves: Mapping[Path, Any]) -> set[Path]:
             chosen = {path for path, leaf in leaves.items() if trainable(joined(path), leaf)}
         case _:
             raise SignatureError(
-                explain(
-                    "split_params(trainable=...)",
-                    "a glob, a predicate (path, leaf) -> bool, a tree of bools, or a list of these",
-                    [f"trainable: {describe(trainable)}"],
-                    cause="something else was passed",
-                    fix="split_params(variables, trainable='head/*')",
-                )
+                "split_params(trainable=...)",
+                "a glob, a predicate (path, leaf) -> bool, a tree of bools, or a list of these",
+                [f"trainable: {describe(trainable)}"],
+                "something else was passed",
+                "split_params(variables, trainable='head/*')",
             )
     if not chosen:
         raise _nothing_chosen(trainable, leaves)
@@ -83,50 +81,44 @@ def _nothing_chosen(trainable: Trainable, leaves: Mapping[Path, Any]) -> Collect
     near = difflib.get_close_matches(asked, [*sorted(branches), *paths], n=3, cutoff=0.5)
     shown = repr(trainable) if asked else "the predicate"
     return CollectionError(
-        explain(
-            "split_params(trainable=...)",
-            "the filter must match at least one param",
-            [f"{shown} matches none of {len(paths)}: {', '.join(map(repr, paths[:3]))}{', ...' if len(paths) > 3 else ''}"],
-            cause="a misspelt path" if asked else "the predicate takes (path, leaf), the path joined by '/'",
-            fix=f"did you mean {' or '.join(map(repr, near))}?" if near else "a glob on the '/'-joined path: 'head/*'",
-        ),
-        paths,
+        "split_params(trainable=...)",
+        "the filter must match at least one param",
+        [f"{shown} matches none of {len(paths)}: {', '.join(map(repr, paths[:3]))}{', ...' if len(paths) > 3 else ''}"],
+        "a misspelt path" if asked else "the predicate takes (path, leaf), the path joined by '/'",
+        f"did you mean {' or '.join(map(repr, near))}?" if near else "a glob on the '/'-joined path: 'head/*'",
     )
 
 
 def _masked(mask: Tree, leaves: Mapping[Path, Any]) -> set[Path]:
     """Reads a tree of bools (optax's mask); one bool may stand for a whole branch."""
     flat = dict(flatten(mask))
-    owners = {path: next((path[:end] for end in range(1, len(path) + 1) if path[:end] in flat), None) for path in leaves}
+    owners = {
+        path: next((path[:end] for end in range(1, len(path) + 1) if path[:end] in flat), None) for path in leaves
+    }
     strange = [f"{keyed(path, 'params')}: no bool in the mask" for path, owner in owners.items() if owner is None]
     unused = [path for path, leaf in flat.items() if path not in owners.values() and not isinstance(leaf, Mapping)]
     strange += [f"{keyed(path, 'mask')}: no such param" for path in unused]
     chosen = {path for path, owner in owners.items() if owner is not None and _bool_of(flat[owner], owner)}
     if strange or not chosen:
         raise CollectionError(
-            explain(
-                "split_params(trainable=...)",
-                "a tree of bools must have the structure of the params, and at least one True",
-                strange or ["no True in the mask"],
-                cause="the mask was made for other params",
-                fix="trainable=jax.tree.map(lambda leaf: ..., variables['params'])",
-            ),
-            strange,
+            "split_params(trainable=...)",
+            "a tree of bools must have the structure of the params, and at least one True",
+            strange or ["no True in the mask"],
+            "the mask was made for other params",
+            "trainable=jax.tree.map(lambda leaf: ..., variables['params'])",
         )
     return chosen
 
 
 def _bool_of(value: Any, path: Path) -> bool:
-    """Takes a bool, or a box or tuple whose leaves are the same bool (a mask made by `jax.tree.map` keeps the boxes)."""
+    """Takes a bool, or a box or tuple of one and the same bool: a mask made by `jax.tree.map` keeps the boxes."""
     bools = jax.tree.leaves(value)
     if all(isinstance(each, bool) for each in bools) and len(set(bools)) == 1:
         return bool(bools[0])
     raise SignatureError(
-        explain(
-            "split_params(trainable=...)",
-            "every leaf of the mask must be one bool",
-            [f"{at}: {describe(leaf)}" for at, leaf in keyed_leaves(value, keyed(path, "mask")).items()],
-            cause="arrays or strings where bools are due, or two answers for one boxed param",
-            fix="trainable=jax.tree.map(lambda leaf: leaf.ndim > 1, variables['params'])",
-        )
+        "split_params(trainable=...)",
+        "every leaf of the mask must be one bool",
+        [f"{at}: {describe(leaf)}" for at, leaf in keyed_leaves(value, keyed(path, "mask")).items()],
+        "arrays or strings where bools are due, or two answers for one boxed param",
+        "trainable=jax.tree.map(lambda leaf: leaf.ndim > 1, variables['params'])",
     )

@@ -3,7 +3,7 @@
 import functools
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 import flax.linen as nn
@@ -11,7 +11,7 @@ import jax
 from flax import core, errors
 
 from ._describe import describe, plain, wraps
-from ._errors import CollectionError, SignatureError, UntouchedStateWarning, explain
+from ._errors import CollectionError, SignatureError, UntouchedStateWarning
 from ._split import merge_state
 from ._types import ApplyFn, LinenModule, Mutable, State, Stateful, Tree
 
@@ -52,8 +52,8 @@ def with_mutable(
 ) -> Stateful[..., Any]:
     """Wraps a model into a stateful function: `fn(params, state, *args, **kwargs) -> (out, new_state)`.
 
-    Law: equals `module.apply(merge_state(params, state), *args, mutable=[...], **kwargs)`, with every collection that is
-    not mutable passed through untouched, and always two results.
+    Law: equals `module.apply(merge_state(params, state), *args, mutable=[...], **kwargs)`, with every collection that
+    is not mutable passed through untouched, and always two results.
 
     >>> import jax, flax.linen as nn, flaxsplit as fs
     >>> model = nn.BatchNorm(use_running_average=False)
@@ -106,13 +106,11 @@ def _apply_of(fn: Any, method: Any) -> Callable[..., Any]:
     if isinstance(fn, type) or not callable(fn):
         name = fn.__name__ if isinstance(fn, type) else describe(fn)
         raise SignatureError(
-            explain(
-                "with_mutable(fn)",
-                "fn must be a Linen module instance, its apply, or a function of that form",
-                [f"fn: the class {name}" if isinstance(fn, type) else f"fn: {name}"],
-                cause="the module was not constructed" if isinstance(fn, type) else "variables or params were passed",
-                fix=f"with_mutable({name}(...))" if isinstance(fn, type) else "with_mutable(model)",
-            )
+            "with_mutable(fn)",
+            "fn must be a Linen module instance, its apply, or a function of that form",
+            [f"fn: the class {name}" if isinstance(fn, type) else f"fn: {name}"],
+            "the module was not constructed" if isinstance(fn, type) else "variables or params were passed",
+            f"with_mutable({name}(...))" if isinstance(fn, type) else "with_mutable(model)",
         )
     if getattr(fn, "__code__", None) is _NN_APPLY:
         return _of_nn_apply(fn)
@@ -140,26 +138,23 @@ def _signed(fn: Any, method: Any) -> tuple[Any, tuple[str, ...], int]:
 
 
 def _mutable_names(mutable: Mutable, visible: Mapping[str, Any]) -> tuple[str, ...]:
+    """Resolves a collection filter against the state's collections; a name that is not among them is an error."""
     candidates = [name for name in visible if name != "params"]
-    if mutable is ... or mutable is True:
+    if mutable is ...:
         return tuple(candidates)
-    named = [mutable] if isinstance(mutable, str) else [] if isinstance(mutable, bool | core.DenyList) else list(mutable)
+    named = [mutable] if isinstance(mutable, str) else mutable if isinstance(mutable, Collection) else ()
     unknown = [name for name in named if name not in candidates]
-    if unknown:
-        raise CollectionError(
-            explain(
-                "with_mutable(mutable=...)",
-                "mutable collections must be in the state",
-                [f"{name!r} is not one of {sorted(candidates)}" for name in unknown],
-                cause="params are the optimizer's to change"
-                if "params" in unknown
-                else "sown collections are not state, or the state lacks a collection",
-                fix="with_mutable(fn) makes every collection of the state mutable"
-                if "params" in unknown
-                else f"with_mutable(fn, capture={unknown[0]!r}), or state | {{{unknown[0]!r}: ...}}",
-            ),
-            unknown,
+    got = [f"{name!r} is not one of {sorted(candidates)}" for name in unknown]
+    if "params" in unknown:
+        cause, fix = (
+            "params are the optimizer's to change",
+            "with_mutable(fn) makes every collection of the state mutable",
         )
+        raise CollectionError("with_mutable(mutable=...)", "mutable collections must be in the state", got, cause, fix)
+    if unknown:
+        cause = "sown collections are not state, or the state lacks a collection"
+        fix = f"with_mutable(fn, capture={unknown[0]!r}), or state | {{{unknown[0]!r}: ...}}"
+        raise CollectionError("with_mutable(mutable=...)", "mutable collections must be in the state", got, cause, fix)
     return tuple(name for name in candidates if core.scope.in_filter(mutable, name))
 
 
@@ -176,11 +171,11 @@ def _applied(
     try:
         return apply(variables, *args, mutable=(*names, *captured), **kwargs)
     except errors.InvalidRngError as error:
-        raise CollectionError(_no_rngs(_first_sentence(error), state, kwargs)) from error
+        raise _no_rngs(_first_sentence(error), state, kwargs) from error
     except errors.ModifyScopeVariableError as error:
-        raise CollectionError(_not_mutable(_first_sentence(error), names, variables)) from error
+        raise _not_mutable(_first_sentence(error), names, variables) from error
     except _MISSING as error:
-        raise CollectionError(_not_found(_first_sentence(error), variables)) from error
+        raise _not_found(_first_sentence(error), variables) from error
 
 
 def _first_sentence(error: Exception) -> str:
@@ -192,41 +187,46 @@ def _collection_in(sentence: str) -> str:
     return found[1] if found else "params"
 
 
-def _no_rngs(sentence: str, state: Tree, kwargs: dict[str, Any]) -> str:
+def _no_rngs(sentence: str, state: Tree, kwargs: dict[str, Any]) -> CollectionError:
     found = re.search(r'needs PRNG for "([^"]+)"', sentence)
     stream = found[1] if found else "params"
     drawn, held = kwargs.get("rngs"), state.get("rngs", {})
     forgotten = stream in held and drawn is None
-    return explain(
+    return CollectionError(
         "with_mutable(fn)",
         f"the model draws from the PRNG stream {stream!r}",
         [sentence, f"rngs: {sorted(drawn) if drawn else 'none'}", f"state['rngs']: {sorted(held) or 'none'}"],
-        cause="state['rngs'] is there, but nothing draws from it" if forgotten else f"there is no key for {stream!r}",
-        fix="with_rngs(with_mutable(model))"
+        "state['rngs'] is there, but nothing draws from it" if forgotten else f"there is no key for {stream!r}",
+        "with_rngs(with_mutable(model))"
         if forgotten
         else f"with_rngs(with_mutable(model)) and state | rng_state({stream}=key)",
     )
 
 
-def _not_mutable(sentence: str, names: tuple[str, ...], variables: Tree) -> str:
+def _not_mutable(sentence: str, names: tuple[str, ...], variables: Tree) -> CollectionError:
     name = _collection_in(sentence)
     there = name in variables
-    return explain(
+    return CollectionError(
         "with_mutable(mutable=...)" if there else "with_mutable(fn)",
         f"the model writes to the collection {name!r}",
         [sentence, f"mutable: {sorted(names)}"],
-        cause=f"{name!r} is not among the mutable collections" if there else f"the state has no {name!r}",
-        fix=f"with_mutable(fn, mutable={sorted([*names, name])})" if there else f"state | {{{name!r}: ...}}, from module.init",
+        f"{name!r} is not among the mutable collections" if there else f"the state has no {name!r}",
+        f"with_mutable(fn, mutable={sorted([*names, name])})"
+        if there
+        else f"state | {{{name!r}: ...}}, from module.init",
     )
 
 
-def _not_found(sentence: str, variables: Tree) -> str:
-    return explain(
+def _not_found(sentence: str, variables: Tree) -> CollectionError:
+    return CollectionError(
         "with_mutable(fn)",
         "params and state must hold every variable that the model reads",
-        [sentence, *(f"{name}: {sorted(map(str, tree))}" for name, tree in variables.items() if isinstance(tree, Mapping))],
-        cause="params and state were swapped, a collection is missing, or they belong to another model",
-        fix="params, state = split_params(module.init(key, x)); fn(params, state, x)",
+        [
+            sentence,
+            *(f"{name}: {sorted(map(str, tree))}" for name, tree in variables.items() if isinstance(tree, Mapping)),
+        ],
+        "params and state were swapped, a collection is missing, or they belong to another model",
+        "params, state = split_params(module.init(key, x)); fn(params, state, x)",
     )
 
 
@@ -234,7 +234,7 @@ def _two(result: Any, where: str, form: str) -> tuple[Any, Any]:
     if isinstance(result, tuple) and len(result) == 2:
         return result
     came = f"a tuple of {len(result)}" if isinstance(result, tuple) else describe(result)
-    raise SignatureError(explain(where, f"must return two things: {form}", [came], cause="a result is missing", fix=form))
+    raise SignatureError(where, f"must return two things: {form}", [came], "a result is missing", form)
 
 
 def _warn_untouched(names: tuple[str, ...], before: Tree, after: Tree) -> None:
@@ -242,32 +242,24 @@ def _warn_untouched(names: tuple[str, ...], before: Tree, after: Tree) -> None:
     old = jax.tree.leaves([before[name] for name in names])
     new = jax.tree.leaves([after[name] for name in names])
     if old and len(old) == len(new) and all(a is b for a, b in zip(old, new, strict=True)):
-        warnings.warn(
-            explain(
-                "with_mutable(fn)",
-                "at least one leaf of the mutable collections should be written",
-                [f"{name}: no leaf written" for name in names],
-                cause="train=True (or use_running_average=False) was forgotten",
-                fix="fn(params, state, x, train=True), or with_mutable(fn, mutable=False) to only read",
-            ),
-            UntouchedStateWarning,
-            stacklevel=3,
+        warning = UntouchedStateWarning(
+            "with_mutable(fn)",
+            "at least one leaf of the mutable collections should be written",
+            [f"{name}: no leaf written" for name in names],
+            "train=True (or use_running_average=False) was forgotten",
+            "fn(params, state, x, train=True), or with_mutable(fn, mutable=False) to only read",
         )
+        warnings.warn(warning, stacklevel=3)
 
 
 def _sown(captured: tuple[str, ...], updated: Mapping[str, Any]) -> Captured:
     missing = [name for name in captured if name not in updated]
     if missing:
         raise CollectionError(
-            explain(
-                "with_mutable(capture=...)",
-                "the model must sow into each captured collection",
-                [f"{name!r}: nothing was sown" for name in missing],
-                cause="a misspelt collection, or the model sows only in another mode",
-                fix="self.sow('intermediates', name, value) with capture='intermediates'",
-            ),
-            missing,
+            "with_mutable(capture=...)",
+            "the model must sow into each captured collection",
+            [f"{name!r}: nothing was sown" for name in missing],
+            "a misspelt collection, or the model sows only in another mode",
+            "self.sow('intermediates', name, value) with capture='intermediates'",
         )
     return {name: plain(updated[name]) for name in captured}
-
-

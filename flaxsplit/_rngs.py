@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ._describe import describe, is_array, wraps
-from ._errors import CollectionError, SignatureError, explain
+from ._errors import CollectionError, SignatureError
 from ._types import PRNGKey, State, StatefulT, Tree
 
 
@@ -32,14 +32,11 @@ def rng_state(**keys: PRNGKey) -> State:
     strange = [f"{name}: {describe(key)}" for name, key in keys.items() if not _is_key(key)]
     if strange or not keys:
         raise SignatureError(
-            explain(
-                "rng_state(**keys)",
-                "at least one stream, each a PRNG key",
-                strange or ["no stream"],
-                cause="a seed was passed instead of a key" if strange else "the streams were forgotten",
-                fix="rng_state(dropout=jax.random.key(0))",
-            ),
-            strange,
+            "rng_state(**keys)",
+            "at least one stream, each a PRNG key",
+            strange or ["no stream"],
+            "a seed was passed instead of a key" if strange else "the streams were forgotten",
+            "rng_state(dropout=jax.random.key(0))",
         )
     return {"rngs": dict(keys)}
 
@@ -95,21 +92,17 @@ def draw(rngs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def _check_rngs(state: Tree, kwargs: Mapping[str, Any]) -> None:
     if not state.get("rngs"):
         raise CollectionError(
-            explain(
-                "with_rngs(fn)",
-                "the state must have an 'rngs' collection",
-                [f"state: {sorted(map(str, state))}"],
-                cause="rng_state was not merged into the state",
-                fix="init_carry(params, state | rng_state(dropout=key), tx)",
-            )
+            "with_rngs(fn)",
+            "the state must have an 'rngs' collection",
+            [f"state: {sorted(map(str, state))}"],
+            "rng_state was not merged into the state",
+            "init_carry(params, state | rng_state(dropout=key), tx)",
         )
     if "rngs" in kwargs:
         raise SignatureError(
-            explain(
-                "with_rngs(fn)",
-                "rngs come from state['rngs']",
-                [f"rngs={sorted(kwargs['rngs'])} in the call"],
-                cause="keys were passed by hand to a function that draws its own",
-                fix="fn(params, state, x), or with_mutable(model)(params, state, x, rngs=...)",
-            )
+            "with_rngs(fn)",
+            "rngs come from state['rngs']",
+            [f"rngs={sorted(kwargs['rngs'])} in the call"],
+            "keys were passed by hand to a function that draws its own",
+            "fn(params, state, x), or with_mutable(model)(params, state, x, rngs=...)",
         )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ._describe import differences, is_array, keyed_leaves, plain, strong
-from ._errors import StateDriftError, explain
+from ._errors import StateDriftError
 from ._types import State, Stateful, Tree
 
 _MOST_ROUNDS = 8
@@ -15,8 +15,8 @@ _MOST_ROUNDS = 8
 def settle_state(fn: Stateful[..., Any], params: Tree, state: Tree, /, *args: Any, **kwargs: Any) -> State:
     """Gives the state whose structure, shapes and dtypes `fn` returns unchanged.
 
-    Law: `jax.eval_shape(fn, params, settled, *args)[1]` has the shapes and dtypes of `settled`; a settled state is returned
-    as it is. Found by `jax.eval_shape` alone: no FLOP is spent, and abstract values do.
+    Law: `jax.eval_shape(fn, params, settled, *args)[1]` has the shapes and dtypes of `settled`; a settled state is
+    returned as it is. Found by `jax.eval_shape` alone: no FLOP is spent, and abstract values do.
 
     >>> import jax.numpy as jnp, flaxsplit as fs
     >>> fn = lambda params, state, x: (x, {"stats": {"mean": x.mean(0, keepdims=True)}})
@@ -37,11 +37,13 @@ def settle_state(fn: Stateful[..., Any], params: Tree, state: Tree, /, *args: An
         StateDriftError: structure changes, shapes grow for ever, or a leaf cannot be broadcast to what comes out.
     """
     start = plain(state)
-    now = jax.tree.map(_shape_of, start)
+    before = now = jax.tree.map(_shape_of, start)
     for _ in range(_MOST_ROUNDS):
         before, now = now, _after(fn, params, now, args, kwargs)
         if jax.tree.structure(before) != jax.tree.structure(now):
-            raise _unsettled(before, now, "the structure must stay", "leaves come or go: sown values, or a cache made late")
+            raise _unsettled(
+                before, now, "the structure must stay", "leaves come or go: sown values, or a cache made late"
+            )
         if jax.tree.leaves(before) == jax.tree.leaves(now):
             return _reached(start, now)
     raise _unsettled(before, now, "shapes must reach a fixed point", f"they still change after {_MOST_ROUNDS} rounds")
@@ -71,7 +73,9 @@ def _reached(start: Any, end: Any) -> Any:
             stuck[path] = (old, new)
     if stuck:
         before, after = ({path: pair[i] for path, pair in stuck.items()} for i in (0, 1))
-        raise _unsettled(before, after, "the state must reach its fixed point by broadcasting or casting", "other shapes")
+        raise _unsettled(
+            before, after, "the state must reach its fixed point by broadcasting or casting", "other shapes"
+        )
     return jax.tree.map(_brought, start, end)
 
 
@@ -86,18 +90,17 @@ def _brought(leaf: Any, to: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return to
     leaf = strong(leaf)
-    return leaf if (leaf.shape, leaf.dtype) == (to.shape, to.dtype) else jnp.broadcast_to(leaf, to.shape).astype(to.dtype)
+    return (
+        leaf if (leaf.shape, leaf.dtype) == (to.shape, to.dtype) else jnp.broadcast_to(leaf, to.shape).astype(to.dtype)
+    )
 
 
 def _unsettled(before: Any, after: Any, required: str, cause: str) -> StateDriftError:
     changed = [str(each) for each in differences(before, after, "state")]
     return StateDriftError(
-        explain(
-            "settle_state(fn, params, state, ...)",
-            required,
-            changed,
-            cause=cause,
-            fix="make fn return every state leaf in the shape and dtype that it was given",
-        ),
+        "settle_state(fn, params, state, ...)",
+        required,
         changed,
+        cause,
+        "make fn return every state leaf in the shape and dtype that it was given",
     )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ._describe import describe, plain
-from ._errors import CollectionError, SignatureError, explain
+from ._errors import CollectionError, SignatureError
 from ._filters import choose, flatten, keyed, unflatten
 from ._types import Params, State, Trainable, Tree, Variables
 
@@ -80,14 +80,11 @@ def _joined(frozen: dict[Any, Any], trained: dict[Any, Any]) -> dict[str, Any]:
     if both:
         names = sorted(keyed(path, "params") for path in both)
         raise CollectionError(
-            explain(
-                "merge_state(params, state)",
-                "each param must be in params or in state['params'], not in both",
-                names,
-                cause="params and state come from different calls of split_params, or params were merged before",
-                fix="params, state = split_params(variables, trainable=...); merge_state(params, state)",
-            ),
+            "merge_state(params, state)",
+            "each param must be in params or in state['params'], not in both",
             names,
+            "params and state come from different calls of split_params, or params were merged before",
+            "params, state = split_params(variables, trainable=...); merge_state(params, state)",
         )
     return unflatten(frozen | trained)
 
@@ -104,33 +101,27 @@ def _params_of(variables: Tree) -> Tree:
     where = "split_params(variables)"
     if not isinstance(variables, Mapping):
         raise SignatureError(
-            explain(
-                where,
-                "variables must be a mapping {collection: tree}",
-                [f"variables: {describe(variables)}"],
-                cause="something else than what module.init returns was passed",
-                fix="split_params(module.init(key, x))",
-            )
+            where,
+            "variables must be a mapping {collection: tree}",
+            [f"variables: {describe(variables)}"],
+            "something else than what module.init returns was passed",
+            "split_params(module.init(key, x))",
         )
     if not isinstance(variables.get("params"), Mapping):
         raise CollectionError(
-            explain(
-                where,
-                "variables must have a 'params' collection",
-                [f"collections: {sorted(map(str, variables))}"],
-                cause="variables['params'] was passed instead of variables, or the model has no params",
-                fix="split_params(module.init(key, x)), or split_params({'params': {}, **variables})",
-            )
+            where,
+            "variables must have a 'params' collection",
+            [f"collections: {sorted(map(str, variables))}"],
+            "variables['params'] was passed instead of variables, or the model has no params",
+            "split_params(module.init(key, x)), or split_params({'params': {}, **variables})",
         )
     if list(variables["params"]) == ["params"]:
         raise CollectionError(
-            explain(
-                where,
-                "'params' must hold the params themselves",
-                [f"variables['params']['params']: {sorted(map(str, variables['params']['params']))}"],
-                cause="variables were wrapped in {'params': ...} once too often",
-                fix="split_params(variables['params'])",
-            )
+            where,
+            "'params' must hold the params themselves",
+            [f"variables['params']['params']: {sorted(map(str, variables['params']['params']))}"],
+            "variables were wrapped in {'params': ...} once too often",
+            "split_params(variables['params'])",
         )
     return variables["params"]
 
@@ -140,31 +131,25 @@ def _check_halves(params: Tree, state: Tree) -> None:
     for name, half in (("params", params), ("state", state)):
         if not isinstance(half, Mapping):
             raise SignatureError(
-                explain(
-                    where,
-                    f"{name} must be a mapping",
-                    [f"{name}: {describe(half)}"],
-                    cause="the arguments are in another order, or something else was passed",
-                    fix="fn(params, state, *args)",
-                )
+                where,
+                f"{name} must be a mapping",
+                [f"{name}: {describe(half)}"],
+                "the arguments are in another order, or something else was passed",
+                "fn(params, state, *args)",
             )
     if isinstance(params.get("params"), Mapping):
         raise CollectionError(
-            explain(
-                where,
-                "params must be the params themselves",
-                [f"params: {sorted(map(str, params))}"],
-                cause="variables were passed where params are wanted",
-                fix="params, state = split_params(variables)",
-            )
+            where,
+            "params must be the params themselves",
+            [f"params: {sorted(map(str, params))}"],
+            "variables were passed where params are wanted",
+            "params, state = split_params(variables)",
         )
     if params and state and RESERVED.issuperset(params) and RESERVED.isdisjoint(state):
         raise CollectionError(
-            explain(
-                where,
-                "params come first, then state",
-                [f"params: {sorted(map(str, params))}", f"state: {sorted(map(str, state))}"],
-                cause="params and state were swapped",
-                fix="fn(params, state, *args)",
-            )
+            where,
+            "params come first, then state",
+            [f"params: {sorted(map(str, params))}", f"state: {sorted(map(str, state))}"],
+            "params and state were swapped",
+            "fn(params, state, *args)",
         )

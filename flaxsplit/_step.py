@@ -11,7 +11,7 @@ import optax
 
 from ._carry import check_drift
 from ._describe import abstract, describe, differences, is_array, keyed_leaves, wraps
-from ._errors import CollectionError, SignatureError, explain
+from ._errors import CollectionError, SignatureError
 from ._types import AxisName, Carry, JittedStep, LossFn, Scalar, Step
 
 C = TypeVar("C")
@@ -72,8 +72,8 @@ def with_optimizer(
         A step: the body that `jax.lax.scan` takes. Not jitted: see `jit_step`.
 
     Raises:
-        SignatureError: `loss_fn` returns something else, a param is not differentiable, the batch is indivisible, or the
-            carry was made for another optimizer.
+        SignatureError: `loss_fn` returns something else, a param is not differentiable, the batch is indivisible, or
+            the carry was made for another optimizer.
         StateDriftError: state, params or opt_state would come out in another structure, shape or dtype.
 
     As the update step of Flax's guide on managing params and state, in one word.
@@ -84,7 +84,7 @@ def with_optimizer(
     @wraps(loss_fn, ("carry",), replaces=2)
     def step(carry: Carry, batch: Any) -> tuple[Carry, Any]:
         _check_carry(carry)
-        count, params, state, opt_state = carry
+        count, params, state, _ = carry
 
         def objective(_params: Any, _state: Any, _batch: Any) -> tuple[Any, Any]:
             _out, _new_state = _returned(loss_fn(_params, _state, _batch), has_aux)
@@ -126,14 +126,11 @@ def _updated(tx: optax.GradientTransformationExtraArgs, grads: Any, carry: Carry
         if not made:
             raise
         raise SignatureError(
-            explain(
-                where,
-                "carry.opt_state must be what tx.init(params) gives (tx -> carry)",
-                [str(each) for each in made],
-                cause="the carry was made with another tx, or for other params",
-                fix="init_carry(params, state, tx) with the tx of the step",
-            ),
-            map(str, made),
+            where,
+            "carry.opt_state must be what tx.init(params) gives (tx -> carry)",
+            [str(each) for each in made],
+            "the carry was made with another tx, or for other params",
+            "init_carry(params, state, tx) with the tx of the step",
         ) from error
     params = check_drift(where, "params", carry.params, optax.apply_updates(carry.params, updates))
     return params, check_drift(where, "opt_state", carry.opt_state, opt_state)
@@ -168,20 +165,17 @@ def _split_batch(batch: Any, count: int) -> Any:
     ]
     if strange or not jax.tree.leaves(batch):
         raise SignatureError(
-            explain(
-                "with_optimizer(microbatches=...)",
-                f"the leading axis of every batch leaf must be divisible by {count}",
-                strange or ["no leaf in the batch"],
-                cause="a ragged last batch, or a leaf without a batch axis",
-                fix="drop or pad the last batch, or choose microbatches that divide it",
-            ),
-            strange,
+            "with_optimizer(microbatches=...)",
+            f"the leading axis of every batch leaf must be divisible by {count}",
+            strange or ["no leaf in the batch"],
+            "a ragged last batch, or a leaf without a batch axis",
+            "drop or pad the last batch, or choose microbatches that divide it",
         )
     return jax.tree.map(lambda leaf: leaf.reshape(count, leaf.shape[0] // count, *leaf.shape[1:]), batch)
 
 
 def _varying(tree: Any, axis_name: AxisName | None) -> Any:
-    """Marks a tree as each device's own. Without it `shard_map` sums the gradients itself, and the mean would come late."""
+    """Marks a tree as each device's own; else `shard_map` sums its gradients, and a mean would come too late."""
     if axis_name is None:
         return tree
     if hasattr(jax.lax, "pcast"):  # jax >= 0.8; pvary is its name before that
@@ -205,13 +199,17 @@ def _returned(result: Any, has_aux: bool) -> tuple[Any, Any]:
         raise _misreturned("two things", [_form_of(result)], "the new state was not returned", form)
     out, new_state = result
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
-        raise _misreturned("((loss, aux), new_state) where has_aux=True", [f"out: {_form_of(out)}"], "aux is missing", form)
+        raise _misreturned(
+            "((loss, aux), new_state) where has_aux=True", [f"out: {_form_of(out)}"], "aux is missing", form
+        )
     loss = out[0] if has_aux else out
     if not has_aux and isinstance(loss, tuple):
         cause = "loss_fn returns aux as well: with_optimizer(loss_fn, tx, has_aux=True)"
         raise _misreturned("a scalar loss first", [f"out: {_form_of(loss)}"], cause, form)
     if not _is_real_scalar(loss):
-        cause = "loss and state were swapped" if isinstance(loss, dict) else "the loss was not reduced to one real number"
+        cause = (
+            "loss and state were swapped" if isinstance(loss, dict) else "the loss was not reduced to one real number"
+        )
         fix = form if isinstance(loss, dict) else form.replace("loss", "loss.mean()", 1)
         raise _misreturned("a real scalar loss, f32[]", [f"loss: {_form_of(loss)}"], cause, fix)
     return out, new_state
@@ -226,19 +224,17 @@ def _is_real_scalar(loss: Any) -> bool:
 
 
 def _misreturned(required: str, got: list[str], cause: str, fix: str) -> SignatureError:
-    return SignatureError(explain("with_optimizer(loss_fn, tx)", f"loss_fn must return {required}", got, cause=cause, fix=fix))
+    return SignatureError("with_optimizer(loss_fn, tx)", f"loss_fn must return {required}", got, cause, fix)
 
 
 def _check_carry(carry: Any) -> None:
     if not isinstance(carry, Carry):
         raise SignatureError(
-            explain(
-                "step(carry, batch)",
-                "the first argument must be a Carry",
-                [f"carry: {_form_of(carry)}"],
-                cause="params were passed, or what a checkpoint gave back was not adopted",
-                fix="init_carry(params, state, tx), or adopt_carry(restored, carry)",
-            )
+            "step(carry, batch)",
+            "the first argument must be a Carry",
+            [f"carry: {_form_of(carry)}"],
+            "params were passed, or what a checkpoint gave back was not adopted",
+            "init_carry(params, state, tx), or adopt_carry(restored, carry)",
         )
     strange = {
         path: describe(leaf)
@@ -247,34 +243,29 @@ def _check_carry(carry: Any) -> None:
     }
     if strange:
         raise SignatureError(
-            explain(
-                "with_optimizer(loss_fn, tx)",
-                "every param must be differentiable: of a floating or complex dtype",
-                [f"{path}: {words}" for path, words in strange.items()],
-                cause="counters or keys were split off as params",
-                fix="split_params(variables, trainable=lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.inexact))",
-            ),
-            strange,
+            "with_optimizer(loss_fn, tx)",
+            "every param must be differentiable: of a floating or complex dtype",
+            [f"{path}: {words}" for path, words in strange.items()],
+            "counters or keys were split off as params",
+            "split_params(variables, trainable=lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.inexact))",
         )
 
 
 def _check_count(where: str, count: Any) -> None:
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise SignatureError(
-            explain(
-                where,
-                "a whole number of at least 1",
-                [f"{describe(count)}: {count!r}" if isinstance(count, int | float) else describe(count)],
-                cause="something else was passed",
-                fix=where.replace("...", "4"),
-            )
+            where,
+            "a whole number of at least 1",
+            [f"{describe(count)}: {count!r}" if isinstance(count, int | float) else describe(count)],
+            "something else was passed",
+            where.replace("...", "4"),
         )
 
 
 def with_ema(step: Step[Carry, BatchT, OutT], *, decay: float | Callable[[Any], Any]) -> Step[Carry, BatchT, OutT]:
     """Keeps an exponential moving average of the params in `state['ema']`.
 
-    Law: after each step `ema = decay * ema + (1 - decay) * params`. To evaluate with it: `apply(carry.state["ema"], ...)`.
+    Law: after each step `ema = decay * ema + (1 - decay) * params`. Evaluates by `apply(carry.state["ema"], ...)`.
 
     >>> import jax.numpy as jnp, optax, flaxsplit as fs
     >>> loss_fn = lambda params, state, batch: (jnp.sum(params["w"] * batch), state)
@@ -299,13 +290,11 @@ def with_ema(step: Step[Carry, BatchT, OutT], *, decay: float | Callable[[Any], 
     """
     if not callable(decay) and not (isinstance(decay, float | int) and 0 <= decay <= 1):
         raise SignatureError(
-            explain(
-                "with_ema(decay=...)",
-                "a number between 0 and 1, or a schedule",
-                [f"decay: {decay!r}"],
-                cause="1 - decay was passed, or a percentage",
-                fix="with_ema(step, decay=0.999)",
-            )
+            "with_ema(decay=...)",
+            "a number between 0 and 1, or a schedule",
+            [f"decay: {decay!r}"],
+            "1 - decay was passed, or a percentage",
+            "with_ema(step, decay=0.999)",
         )
 
     @wraps(step)
@@ -326,14 +315,11 @@ def _check_ema(carry: Carry) -> None:
     changed = differences(carry.params, carry.state.get("ema"), "state['ema']")
     if changed:
         raise CollectionError(
-            explain(
-                "with_ema(step)",
-                "state['ema'] must have the structure of the params (params -> ema)",
-                [str(each) for each in changed],
-                cause="the average was not put into the state" if "ema" not in carry.state else "it belongs to other params",
-                fix="init_carry(params, state | {'ema': params}, tx)",
-            ),
-            map(str, changed),
+            "with_ema(step)",
+            "state['ema'] must have the structure of the params (params -> ema)",
+            [str(each) for each in changed],
+            "the average was not put into the state" if "ema" not in carry.state else "it belongs to other params",
+            "init_carry(params, state | {'ema': params}, tx)",
         )
 
 
@@ -377,14 +363,11 @@ def _check_leading(batches: Any) -> None:
     if len(sizes) != 1 or None in sizes:
         got = [f"{path}: {describe(leaf)}" for path, leaf in leaves.items()]
         raise SignatureError(
-            explain(
-                "scan_steps(step)",
-                "every leaf of batches must have one leading axis, of one size: the steps",
-                got or ["no leaf in batches"],
-                cause="a single batch was passed, or batches were stacked apart",
-                fix="for batches in stack_batches(loader, 10): carry, outs = step(carry, batches)",
-            ),
-            got,
+            "scan_steps(step)",
+            "every leaf of batches must have one leading axis, of one size: the steps",
+            got or ["no leaf in batches"],
+            "a single batch was passed, or batches were stacked apart",
+            "for batches in stack_batches(loader, 10): carry, outs = step(carry, batches)",
         )
 
 
@@ -425,8 +408,8 @@ def _stacked(*leaves: Any) -> Any:
 def jit_step(step: Step[C, BatchT, OutT], *, like: Any = None, donate: bool = True) -> JittedStep[C, BatchT, OutT]:
     """Compiles a step, the carry donated.
 
-    Law: equals `jax.jit(step, donate_argnums=0)`, and is the object that it returns: `.lower`, `.trace` and the C++ fast path
-    are there.
+    Law: equals `jax.jit(step, donate_argnums=0)`, and is the object that it returns: `.lower`, `.trace` and the C++
+    fast path are there.
 
     >>> import jax.numpy as jnp, flaxsplit as fs
     >>> step = fs.jit_step(lambda carry, batch: (carry + batch, carry))
@@ -435,8 +418,8 @@ def jit_step(step: Step[C, BatchT, OutT], *, like: Any = None, donate: bool = Tr
 
     Args:
         step: a step over any pytree: a `Carry`, a `TrainState`.
-        like: a carry whose shardings the carry that comes out is to have, so that on a mesh the second call hits the first
-            call's executable.
+        like: a carry whose shardings the carry that comes out is to have, so that on a mesh the second call hits the
+            first call's executable.
         donate: whether the carry's buffers are reused. A carry can then be passed once: a second time JAX raises
             `RuntimeError: Array has been deleted`, in its own words, since nothing of ours runs at a dispatch.
 
@@ -460,13 +443,10 @@ def _shardings(like: Any) -> Any:
     ]
     if strange:
         raise SignatureError(
-            explain(
-                "jit_step(like=...)",
-                "every leaf of like must say its sharding",
-                strange,
-                cause="abstract values without a sharding, NumPy arrays or numbers",
-                fix="jit_step(step, like=init_carry(params, state, tx))",
-            ),
+            "jit_step(like=...)",
+            "every leaf of like must say its sharding",
             strange,
+            "abstract values without a sharding, NumPy arrays or numbers",
+            "jit_step(step, like=init_carry(params, state, tx))",
         )
     return jax.tree.map(lambda leaf: leaf.sharding, like)

@@ -4,7 +4,7 @@ import functools
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 
 from ._describe import Difference, abstract, differences, name_of
-from ._errors import RetraceError, explain
+from ._errors import RetraceError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,8 +24,8 @@ _COMPILE = "/jax/core/compile/backend_compile_duration"
 def assert_max_traces(fn: Callable[P, R], max_traces: int = 1) -> Callable[P, R]:
     """Fails where `fn` is traced more than `max_traces` times, with a table of what changed.
 
-    Law: `jit_step(assert_max_traces(step))` computes what `jit_step(step)` does, for the same time: the count is kept while
-    tracing, and nothing of it is compiled.
+    Law: `jit_step(assert_max_traces(step))` computes what `jit_step(step)` does, for the same time: the count is kept
+    while tracing, and nothing of it is compiled.
 
     >>> import jax, jax.numpy as jnp, flaxsplit as fs
     >>> double = jax.jit(fs.assert_max_traces(lambda x: 2 * x))
@@ -72,17 +72,14 @@ def _retraced(name: str, seen: list[dict[str, Any]], call: dict[str, Any], max_t
         cause = "the call differs from every earlier one, and JAX compiles for each"
         fix = "make the carry with init_carry, settle its state, keep batches of one shape; or a higher max_traces"
     else:
-        cause = "jax.jit was applied anew (a new function object per loop), its cache was cleared, or fn ran without jax.jit"
+        cause = "jax.jit was applied anew (a new function object per loop), its cache was cleared, or fn ran unjitted"
         fix = "step = jit_step(...) once, before the loop"
     return RetraceError(
-        explain(
-            f"assert_max_traces({name}, max_traces={max_traces})",
-            f"traced {len(seen) + 1} times",
-            [str(each) for each in changed] or ["no argument changed"],
-            cause=cause,
-            fix=fix,
-        ),
-        map(str, changed),
+        f"assert_max_traces({name}, max_traces={max_traces})",
+        f"traced {len(seen) + 1} times",
+        [str(each) for each in changed] or ["no argument changed"],
+        cause,
+        fix,
     )
 
 
@@ -117,7 +114,7 @@ class CompileLog:
 
 
 @contextmanager
-def compile_log() -> Iterator[CompileLog]:
+def compile_log() -> Generator[CompileLog, None, None]:
     """Counts traces and backend compiles, by function, with seconds.
 
     Law: `log.compiles` is what XLA was asked for between enter and exit, by any thread; logs may be nested.
@@ -138,7 +135,7 @@ def compile_log() -> Iterator[CompileLog]:
     log, lock, open_ = CompileLog(), threading.Lock(), threading.Event()
     open_.set()
 
-    def listen(event: str, seconds: float, **details: Any) -> None:
+    def listen(event: str, duration_secs: float, **details: Any) -> None:
         if event not in (_TRACE, _COMPILE) or not open_.is_set():
             return
         name = str(details.get("fun_name", "?"))
@@ -146,7 +143,7 @@ def compile_log() -> Iterator[CompileLog]:
         counts, times = (log.traces, log.trace_seconds) if event == _TRACE else (log.compiles, log.compile_seconds)
         with lock:
             counts[name] += 1
-            times[name] = times.get(name, 0.0) + seconds
+            times[name] = times.get(name, 0.0) + duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

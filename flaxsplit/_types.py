@@ -34,7 +34,7 @@ PRNGKey: TypeAlias = Key[Array, "..."] | UInt32[Array, "... key"]
 Trainable: TypeAlias = str | Callable[[str, Any], bool] | Mapping[str, Any] | Sequence[Any]
 """Which params to optimize: a glob, a predicate `(path, leaf) -> bool`, a tree of bools, or a sequence of these."""
 Mutable: TypeAlias = bool | str | Collection[str] | DenyList | EllipsisType
-Axes: TypeAlias = int | None | Sequence[Any] | Mapping[str, Any]
+Axes: TypeAlias = int | Sequence[Any] | Mapping[str, Any] | None
 AxisName: TypeAlias = str | tuple[str, ...]
 
 

@@ -7,7 +7,7 @@ import jax
 from jax.custom_batching import custom_vmap
 
 from ._describe import describe, differences, keyed_leaves, wraps
-from ._errors import CollectionError, SignatureError, StateDriftError, UnsyncedStateError, explain
+from ._errors import CollectionError, SignatureError, StateDriftError, UnsyncedStateError
 from ._rngs import draw
 from ._types import Axes, State, StatefulT, Tree
 
@@ -122,14 +122,11 @@ def _axes_of(state: Tree, state_axes: Mapping[str, Any] | None) -> dict[str, Any
     unknown = [name for name in state_axes or {} if name not in state]
     if unknown:
         raise CollectionError(
-            explain(
-                "vmap_stateful(state_axes=...)",
-                "every collection that an axis is given for must be in the state",
-                [f"{name!r} is not one of {sorted(map(str, state))}" for name in unknown],
-                cause="a misspelt collection, or it was not split off with the state",
-                fix="vmap_stateful(fn, state_axes={'batch_stats': 0})",
-            ),
-            unknown,
+            "vmap_stateful(state_axes=...)",
+            "every collection that an axis is given for must be in the state",
+            [f"{name!r} is not one of {sorted(map(str, state))}" for name in unknown],
+            "a misspelt collection, or it was not split off with the state",
+            "vmap_stateful(fn, state_axes={'batch_stats': 0})",
         )
     return {name: (state_axes or {}).get(name) for name in state}
 
@@ -139,18 +136,18 @@ def _per_argument(in_axes: Axes, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (in_axes,) * len(args)
     if len(in_axes) != len(args):
         raise SignatureError(
-            explain(
-                "vmap_stateful(in_axes=...)",
-                "in_axes must have one entry per positional argument after params and state",
-                [f"in_axes: {len(in_axes)} entries, for {len(args)} arguments"],
-                cause="params and state were counted too, or keyword arguments were",
-                fix="vmap_stateful(fn, in_axes=0)",
-            )
+            "vmap_stateful(in_axes=...)",
+            "in_axes must have one entry per positional argument after params and state",
+            [f"in_axes: {len(in_axes)} entries, for {len(args)} arguments"],
+            "params and state were counted too, or keyword arguments were",
+            "vmap_stateful(fn, in_axes=0)",
         )
     return tuple(in_axes)
 
 
-def _lanes(params: Tree, params_axes: Any, state: Tree, axes: Tree, args: tuple[Any, ...], arg_axes: tuple[Any, ...]) -> int:
+def _lanes(
+    params: Tree, params_axes: Any, state: Tree, axes: Tree, args: tuple[Any, ...], arg_axes: tuple[Any, ...]
+) -> int:
     """Finds the one size of all mapped axes; names every leaf where there is none or more than one."""
     roots = {"params": (params, params_axes), "state": (dict(state), axes)}
     roots |= {f"args[{i}]": (arg, arg_axes[i]) for i, arg in enumerate(args)}
@@ -165,18 +162,15 @@ def _lanes(params: Tree, params_axes: Any, state: Tree, axes: Tree, args: tuple[
     if len(found) == 1 and None not in found:
         return int(found.pop() or 0)
     raise SignatureError(
-        explain(
-            "vmap_stateful(in_axes=...)",
-            "all mapped axes must have one size",
-            [f"{path}: {words}, axis {axis}" for path, (_, words, axis) in sizes.items()] or ["no axis is mapped"],
-            cause="the arguments are not of one batch, or one of them has no batch axis"
-            if sizes
-            else "every argument was passed by keyword, or in_axes is None",
-            fix="in_axes=(0, None) for an argument that all lanes share"
-            if sizes
-            else "fn(params, state, x): arguments to map come by position; or axis_size=",
-        ),
-        sizes,
+        "vmap_stateful(in_axes=...)",
+        "all mapped axes must have one size",
+        [f"{path}: {words}, axis {axis}" for path, (_, words, axis) in sizes.items()] or ["no axis is mapped"],
+        "the arguments are not of one batch, or one of them has no batch axis"
+        if sizes
+        else "every argument was passed by keyword, or in_axes is None",
+        "in_axes=(0, None) for an argument that all lanes share"
+        if sizes
+        else "fn(params, state, x): arguments to map come by position; or axis_size=",
     )
 
 
@@ -192,13 +186,11 @@ def _check_unbound(axis_name: str | None) -> None:
         return
     if axis_name is not None:
         raise SignatureError(
-            explain(
-                "vmap_stateful(axis_name=...)",
-                "the name must be free",
-                [f"axis_name: {axis_name!r} is bound by an enclosing vmap, pmap or shard_map"],
-                cause="vmap_stateful was applied twice with the same name",
-                fix=f"vmap_stateful(fn, axis_name='inner'), and axis_name=({axis_name!r}, 'inner') in the layers",
-            )
+            "vmap_stateful(axis_name=...)",
+            "the name must be free",
+            [f"axis_name: {axis_name!r} is bound by an enclosing vmap, pmap or shard_map"],
+            "vmap_stateful was applied twice with the same name",
+            f"vmap_stateful(fn, axis_name='inner'), and axis_name=({axis_name!r}, 'inner') in the layers",
         )
 
 
@@ -206,14 +198,11 @@ def _check_collections(before: Tree, after: Tree) -> None:
     if before.keys() != after.keys():
         changed = differences(dict(before), dict(after), "state")
         raise StateDriftError(
-            explain(
-                "vmap_stateful(fn)",
-                "fn must return the collections that it was given",
-                [str(each) for each in changed],
-                cause="a collection was dropped or added",
-                fix="return out, {**state, 'batch_stats': new_batch_stats}",
-            ),
-            map(str, changed),
+            "vmap_stateful(fn)",
+            "fn must return the collections that it was given",
+            [str(each) for each in changed],
+            "a collection was dropped or added",
+            "return out, {**state, 'batch_stats': new_batch_stats}",
         )
 
 
@@ -232,18 +221,15 @@ def _raise_unsynced(lane: Any, run: Any, axes: Tree, axis_name: str | None, ense
     collection, *layers = mapped[0].removeprefix("state['").removesuffix("']").split("']['")
     layer = "/".join(layers[:-1]) or "the model"
     raise UnsyncedStateError(
-        explain(
-            "vmap_stateful(fn)",
-            "state without an axis must come out the same in every lane",
-            [f"{path}: differs per lane" for path in mapped],
-            cause="params_axes makes an ensemble, and every member has its own state"
-            if ensemble
-            else f"{layer} computes its statistics per lane: it lacks axis_name={axis_name!r}",
-            fix=f"vmap_stateful(fn, params_axes=..., state_axes={{{collection!r}: 0}})"
-            if ensemble
-            else f"nn.BatchNorm(..., axis_name={axis_name!r}) in {layer}, or state_axes={{{collection!r}: 0}}",
-        ),
-        mapped,
+        "vmap_stateful(fn)",
+        "state without an axis must come out the same in every lane",
+        [f"{path}: differs per lane" for path in mapped],
+        "params_axes makes an ensemble, and every member has its own state"
+        if ensemble
+        else f"{layer} computes its statistics per lane: it lacks axis_name={axis_name!r}",
+        f"vmap_stateful(fn, params_axes=..., state_axes={{{collection!r}: 0}})"
+        if ensemble
+        else f"nn.BatchNorm(..., axis_name={axis_name!r}) in {layer}, or state_axes={{{collection!r}: 0}}",
     ) from error
 
 
