@@ -1,14 +1,15 @@
 """What a step threads: made so that the first step compiles the last time, and kept so."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ._describe import Difference, describe, differences, is_array, keyed_leaves, plain, strong
+from ._describe import Difference, describe, differences, is_array, keyed_leaves, plain, same_structure, strong
 from ._errors import CollectionError, SignatureError, StateDriftError
 from ._types import Carry, Tree
 
@@ -18,8 +19,8 @@ T = TypeVar("T")
 def init_carry(params: Tree, state: Tree, tx: optax.GradientTransformation) -> Carry:
     """Makes the carry that a step threads.
 
-    Law: it has the values of `Carry(0, params, state, tx.init(params))`, and a step gives it back in the same structure,
-    shapes, dtypes and placement.
+    Law: it has the values of `Carry(0, params, state, tx.init(params))`, and a step gives it back in the same
+    structure, shapes, dtypes and placement.
 
     >>> import jax.numpy as jnp, optax, flaxsplit as fs
     >>> carry = fs.init_carry({"w": jnp.ones(3)}, {}, optax.sgd(0.1))
@@ -55,7 +56,8 @@ def _owned(tree: T, name: str) -> T:
             "a function, a string or another object was stored in the tree",
             "keep what does not change out of the carry, in the function's closure",
         )
-    return jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jax.typeof(leaf).dtype, copy=True), tree)
+    owned: T = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jax.typeof(leaf).dtype, copy=True), tree)
+    return owned
 
 
 def _is_numeric(leaf: Any) -> bool:
@@ -65,20 +67,22 @@ def _is_numeric(leaf: Any) -> bool:
 def _placed(carry: Carry) -> Carry:
     """Commits all leaves to one placement. While tracing there is none yet, and the carry is returned as it is."""
     leaves = keyed_leaves(carry, "carry")
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values()):
+    if any(isinstance(leaf, Tracer) for leaf in leaves.values()):
         return carry
     meshes = {path: leaf.sharding.mesh for path, leaf in leaves.items() if isinstance(leaf.sharding, NamedSharding)}
     if meshes:
         _check_one(meshes)
         everywhere = NamedSharding(next(iter(meshes.values())), PartitionSpec())
-        return jax.tree.map(lambda x: jax.device_put(x, x.sharding if _on_mesh(x) else everywhere), carry)
+        return _put(carry, lambda leaf: leaf.sharding if isinstance(leaf.sharding, NamedSharding) else everywhere)
     chosen = {path: leaf.sharding for path, leaf in leaves.items() if leaf.committed}
     _check_one(chosen)
-    return jax.device_put(carry, next(iter(chosen.values()), carry.step.sharding))
+    there = next(iter(chosen.values()), carry.step.sharding)
+    return _put(carry, lambda _: there)
 
 
-def _on_mesh(leaf: jax.Array) -> bool:
-    return isinstance(leaf.sharding, NamedSharding)
+def _put(carry: Carry, where: Callable[[jax.Array], Any]) -> Carry:
+    placed: Carry = jax.tree.map(lambda leaf: jax.device_put(leaf, where(leaf)), carry)
+    return placed
 
 
 def _check_one(placements: Mapping[str, Any]) -> None:
@@ -140,7 +144,8 @@ def adopt_carry(restored: Any, like: T) -> T:
             "the checkpoint is of another model or optimizer",
             "adopt_carry(restored, init_carry(params, state, tx)) with the model and tx that were saved",
         )
-    return jax.tree.unflatten(treedef, [_like(value, leaf) for value, leaf in found])
+    adopted: T = jax.tree.unflatten(treedef, [_like(value, leaf) for value, leaf in found])
+    return adopted
 
 
 _NOTHING: Any = type("Nothing", (), {"__repr__": lambda self: "absent"})()
@@ -202,7 +207,7 @@ def check_drift(where: str, name: str, before: Any, after: Any) -> Any:
     Costs a comparison per leaf while tracing. The words are looked for only once something differs.
     """
     after = jax.tree.map(strong, after)
-    if jax.tree.structure(before) == jax.tree.structure(after) and all(
+    if same_structure(before, after) and all(
         jnp.shape(old) == new.shape and jax.typeof(old).dtype == new.dtype
         for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     ):

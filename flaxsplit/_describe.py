@@ -119,7 +119,8 @@ def _static_differences(before: Any, after: Any, path: str, children: Any) -> It
 
 
 def _node_data(tree: Any) -> Any:
-    data = jax.tree.structure(tree, is_leaf=lambda node: node is not tree).node_data()
+    treedef: Any = jax.tree.structure(tree, is_leaf=lambda node: node is not tree)
+    data = treedef.node_data()
     return None if data is None else data[1]
 
 
@@ -147,6 +148,12 @@ def _told_apart(old: Any, new: Any) -> tuple[str, str]:
 def shorten(lines: Sequence[str], most: int = 12) -> list[str]:
     """Keeps a message readable where every leaf of a large tree is at fault."""
     return [*lines] if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more"]
+
+
+def same_structure(before: Any, after: Any) -> bool:
+    """Compares two trees but for their leaves."""
+    old: Any = jax.tree.structure(before)
+    return bool(old == jax.tree.structure(after))
 
 
 def plain(tree: Any) -> Any:
@@ -178,10 +185,10 @@ def wraps(fn: Any, leading: tuple[str, ...] = (), replaces: int = 0) -> Callable
         wrapper.__name__ = wrapper.__qualname__ = name_of(fn)
         wrapper.__doc__ = getattr(fn, "__doc__", None)
         wrapper.__module__ = getattr(fn, "__module__", None) or wrapper.__module__
-        wrapper.__wrapped__ = fn  # type: ignore[attr-defined]
+        vars(wrapper)["__wrapped__"] = fn
         signature = _signature(fn, leading, replaces)
         if signature is not None:
-            wrapper.__signature__ = signature  # type: ignore[attr-defined]
+            vars(wrapper)["__signature__"] = signature
         return wrapper
 
     return decorate

@@ -19,6 +19,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 M = TypeVar("M")
 NoCapture = tuple[()]
+Names = str | list[str] | tuple[str, *tuple[str, ...]]
 Captured = dict[str, Any]
 
 HIDDEN = frozenset({"rngs", "ema"})
@@ -33,7 +34,7 @@ def with_mutable(
 ) -> Stateful[P, R]: ...
 @overload
 def with_mutable(
-    fn: object, *, method: Callable[Concatenate[M, P], R], mutable: Mutable = ..., capture: str | Sequence[str]
+    fn: object, *, method: Callable[Concatenate[M, P], R], mutable: Mutable = ..., capture: Names
 ) -> Stateful[P, tuple[R, Captured]]: ...
 @overload
 def with_mutable(
@@ -41,7 +42,7 @@ def with_mutable(
 ) -> Stateful[P, R]: ...
 @overload
 def with_mutable(
-    fn: LinenModule[P, R], *, method: None = None, mutable: Mutable = ..., capture: str | Sequence[str]
+    fn: LinenModule[P, R], *, method: None = None, mutable: Mutable = ..., capture: Names
 ) -> Stateful[P, tuple[R, Captured]]: ...
 @overload
 def with_mutable(

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._describe import differences, is_array, keyed_leaves, plain, strong
+from ._describe import differences, is_array, keyed_leaves, plain, same_structure, strong
 from ._errors import StateDriftError
 from ._types import State, Stateful, Tree
 
@@ -40,7 +40,7 @@ def settle_state(fn: Stateful[..., Any], params: Tree, state: Tree, /, *args: An
     before = now = jax.tree.map(_shape_of, start)
     for _ in range(_MOST_ROUNDS):
         before, now = now, _after(fn, params, now, args, kwargs)
-        if jax.tree.structure(before) != jax.tree.structure(now):
+        if not same_structure(before, now):
             raise _unsettled(
                 before, now, "the structure must stay", "leaves come or go: sown values, or a cache made late"
             )
@@ -53,7 +53,7 @@ def _shape_of(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(getattr(leaf, "shape", ()), getattr(leaf, "dtype", None) or jnp.result_type(leaf))
 
 
-def _after(fn: Any, params: Any, state: Any, args: Any, kwargs: Any) -> Any:
+def _after(fn: Any, params: Any, state: Any, args: Any, kwargs: Any) -> State:
     leaves, treedef = jax.tree.flatten((args, kwargs))
     arrays = [leaf if is_array(leaf) else None for leaf in leaves]
 
@@ -62,10 +62,11 @@ def _after(fn: Any, params: Any, state: Any, args: Any, kwargs: Any) -> Any:
         _args, _kwargs = jax.tree.unflatten(treedef, filled)
         return plain(fn(_params, _state, *_args, **_kwargs)[1])
 
-    return jax.tree.map(_shape_of, jax.eval_shape(new_state, params, state, arrays))
+    settled: State = jax.tree.map(_shape_of, jax.eval_shape(new_state, params, state, arrays))
+    return settled
 
 
-def _reached(start: Any, end: Any) -> Any:
+def _reached(start: Any, end: Any) -> State:
     stuck = {}
     for (path, old), new in zip(keyed_leaves(start, "state").items(), jax.tree.leaves(end), strict=True):
         old = _shape_of(old)
@@ -76,7 +77,8 @@ def _reached(start: Any, end: Any) -> Any:
         raise _unsettled(
             before, after, "the state must reach its fixed point by broadcasting or casting", "other shapes"
         )
-    return jax.tree.map(_brought, start, end)
+    reached: State = jax.tree.map(_brought, start, end)
+    return reached
 
 
 def _broadcastable(old: tuple[int, ...], new: tuple[int, ...]) -> bool:

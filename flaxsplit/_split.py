@@ -97,7 +97,7 @@ def _is_empty(leaf: Any) -> bool:
     return isinstance(leaf, Mapping) and not leaf
 
 
-def _params_of(variables: Tree) -> Tree:
+def _params_of(variables: Any) -> Tree:
     where = "split_params(variables)"
     if not isinstance(variables, Mapping):
         raise SignatureError(
@@ -123,10 +123,11 @@ def _params_of(variables: Tree) -> Tree:
             "variables were wrapped in {'params': ...} once too often",
             "split_params(variables['params'])",
         )
-    return variables["params"]
+    tree: Tree = variables["params"]
+    return tree
 
 
-def _check_halves(params: Tree, state: Tree) -> None:
+def _check_halves(params: Any, state: Any) -> None:
     where = "merge_state(params, state)"
     for name, half in (("params", params), ("state", state)):
         if not isinstance(half, Mapping):

@@ -100,11 +100,12 @@ def with_optimizer(
                 _loss, (_, _state) = objective(_params, _state, _batch)
                 return (), _loss, _state
 
-            return _averaged(jnp.mean(accumulate(part, (), state, batch)[1]), axis_name)
+            _losses: Any = accumulate(part, (), state, batch)[1]
+            return _averaged(jnp.mean(_losses), axis_name)
 
         def accumulate(part: Any, like: Any, _state: Any, _batch: Any) -> tuple[Any, Any, Any]:
             if microbatches == 1:
-                return part(_state, _batch)
+                return cast(tuple[Any, Any, Any], part(_state, _batch))
             return _accumulated(part, _varying(_zeros(like), axis_name), _state, _split_batch(_batch, microbatches))
 
         local = _varying(params, axis_name)  # differentiated per device, so that the mean below is the only reduction
@@ -176,17 +177,18 @@ def _split_batch(batch: Any, count: int) -> Any:
 
 def _varying(tree: Any, axis_name: AxisName | None) -> Any:
     """Marks a tree as each device's own; else `shard_map` sums its gradients, and a mean would come too late."""
-    if axis_name is None:
-        return tree
-    if hasattr(jax.lax, "pcast"):  # jax >= 0.8; pvary is its name before that
-        return jax.tree.map(lambda leaf: _pcast(leaf, axis_name), tree)
-    return jax.tree.map(lambda leaf: jax.lax.pvary(leaf, axis_name), tree)
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+
+    def mark(leaf: Any) -> Any:
+        missing = tuple(name for name in names if name not in getattr(jax.typeof(leaf), "vma", ()))
+        return _pcast(leaf, missing) if missing else leaf
+
+    return jax.tree.map(mark, tree)
 
 
-def _pcast(leaf: Any, axis_name: AxisName) -> Any:
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    missing = tuple(name for name in names if name not in getattr(jax.typeof(leaf), "vma", ()))
-    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+def _pcast(leaf: Any, names: tuple[str, ...]) -> Any:
+    lax: Any = jax.lax
+    return lax.pcast(leaf, names, to="varying") if hasattr(lax, "pcast") else lax.pvary(leaf, names)  # jax < 0.8
 
 
 def _averaged(tree: T, axis_name: AxisName | None) -> T:
@@ -288,7 +290,7 @@ def with_ema(step: Step[Carry, BatchT, OutT], *, decay: float | Callable[[Any], 
 
     As `optax.ema` on params instead of gradients; the average is state, so a scan, mesh or checkpoint carries it.
     """
-    if not callable(decay) and not (isinstance(decay, float | int) and 0 <= decay <= 1):
+    if not callable(decay) and not 0 <= decay <= 1:
         raise SignatureError(
             "with_ema(decay=...)",
             "a number between 0 and 1, or a schedule",
@@ -430,9 +432,9 @@ def jit_step(step: Step[C, BatchT, OutT], *, like: Any = None, donate: bool = Tr
         SignatureError: a leaf of `like` has no sharding.
     """
     donated: Any = (0,) if donate else ()
-    if like is None:
-        return cast(Any, jax.jit(step, donate_argnums=donated))
-    return cast(Any, jax.jit(step, donate_argnums=donated, out_shardings=(_shardings(like), None)))
+    pinned: Any = {} if like is None else {"out_shardings": (_shardings(like), None)}
+    jitted: Any = jax.jit(step, donate_argnums=donated, **pinned)
+    return cast(JittedStep[C, BatchT, OutT], jitted)
 
 
 def _shardings(like: Any) -> Any:

@@ -61,9 +61,10 @@ def assert_max_traces(fn: Callable[P, R], max_traces: int = 1) -> Callable[P, R]
 
 def _named(fn: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
     try:
-        return dict(inspect.signature(fn).bind(*args, **kwargs).arguments)
+        bound = inspect.signature(fn).bind(*args, **kwargs)
     except (TypeError, ValueError):  # no signature, or a wrong call: then fn itself complains
-        return {f"args[{i}]": arg for i, arg in enumerate(args)} | kwargs
+        return {**{f"args[{i}]": arg for i, arg in enumerate(args)}, **kwargs}
+    return dict(bound.arguments)
 
 
 def _retraced(name: str, seen: list[dict[str, Any]], call: dict[str, Any], max_traces: int) -> RetraceError:

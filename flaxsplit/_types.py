@@ -72,8 +72,11 @@ class Stateful(Protocol[P, R_co]):
     def __call__(self, params: Tree, state: Tree, /, *args: P.args, **kwargs: P.kwargs) -> tuple[R_co, State]: ...
 
 
-ApplyFn: TypeAlias = Callable[..., Any]
-"""`module.apply` or a function of its form: `fn(variables, *args, mutable=..., **kwargs)`."""
+class ApplyFn(Protocol):
+    """`module.apply` or a function of its form: `fn(variables, *args, mutable=..., **kwargs)`."""
+
+    def __call__(self, variables: Variables, /, *args: Any, **kwargs: Any) -> Any: ...
+
 
 StatefulT = TypeVar("StatefulT", bound=Callable[Concatenate[Any, Any, ...], tuple[Any, Any]])
 """Bounds what combinators take and give back unchanged, so that a model's own signature survives a stack of them."""
