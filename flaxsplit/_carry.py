@@ -61,7 +61,9 @@ def _owned(tree: T, name: str) -> T:
 
 
 def _is_numeric(leaf: Any) -> bool:
-    return isinstance(leaf, bool | int | float | complex) or (is_array(leaf) and leaf.dtype.kind not in "OSU")
+    if isinstance(leaf, jax.Array | bool | int | float | complex):
+        return True
+    return is_array(leaf) and jnp.dtype(leaf.dtype).kind not in "OSUMm"  # objects, strings, dates of NumPy
 
 
 def _placed(carry: Carry) -> Carry:

@@ -176,11 +176,16 @@ def _split_batch(batch: Any, count: int) -> Any:
 
 
 def _varying(tree: Any, axis_name: AxisName | None) -> Any:
-    """Marks a tree as each device's own; else `shard_map` sums its gradients, and a mean would come too late."""
+    """Marks a tree as each device's own; else `shard_map` sums its gradients, and a mean would come too late.
+
+    The axes of `vmap` and `pmap` have no such marks: there nothing is summed by itself.
+    """
     names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    manual = getattr(jax.sharding.get_abstract_mesh(), "manual_axes", names)
 
     def mark(leaf: Any) -> Any:
-        missing = tuple(name for name in names if name not in getattr(jax.typeof(leaf), "vma", ()))
+        marked = getattr(jax.typeof(leaf), "vma", ())
+        missing = tuple(name for name in names if name in manual and name not in marked)
         return _pcast(leaf, missing) if missing else leaf
 
     return jax.tree.map(mark, tree)

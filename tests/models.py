@@ -1,0 +1,57 @@
+"""Small networks that several tests train, and the batch that they train on."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class BiasAdder(nn.Module):
+    """The model of Flax's guide on managing params and state, as it stands there: `keepdims=True` included."""
+
+    decay: float = 0.99
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        """Subtracts a running mean and adds a bias."""
+        is_initialized = self.has_variable("batch_stats", "mean")
+        ra_mean = self.variable("batch_stats", "mean", lambda s: jnp.zeros(s), x.shape[1:])
+        bias = self.param("bias", lambda rng, shape: jnp.zeros(shape), x.shape[1:])
+        if is_initialized:
+            ra_mean.value = self.decay * ra_mean.value + (1.0 - self.decay) * jnp.mean(x, axis=0, keepdims=True)
+        return x - ra_mean.value + bias
+
+
+class MLP(nn.Module):
+    """The per-example MLP of the guide: BatchNorm synced over the axis that `vmap` names."""
+
+    hidden_size: int = 16
+    out_size: int = 1
+    axis_name: str | None = "batch"
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        """Maps `[features]` to `[out_size]`."""
+        norm = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)
+        x = nn.Dense(self.hidden_size)(x)
+        x = nn.relu(norm(x))
+        return nn.Dense(self.out_size)(x)
+
+
+class Dropping(nn.Module):
+    """BatchNorm and Dropout: every kind of state at once."""
+
+    axis_name: str | None = "batch"
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool = True) -> Any:
+        """Maps `[features]` to `[2]`."""
+        x = nn.Dense(16)(x)
+        x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)(x)
+        x = nn.Dropout(0.5, deterministic=not train)(nn.relu(x))
+        return nn.Dense(2, name="head")(x)
+
+
+X = jax.random.normal(jax.random.key(7), (32, 10))
+Y = jax.random.normal(jax.random.key(8), (32, 1))

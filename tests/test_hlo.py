@@ -1,0 +1,131 @@
+"""A step costs not one instruction more than by hand: the optimized HLO is compared, opcode for opcode."""
+
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import flaxsplit as fs
+
+from .models import MLP, X, Y, Dropping
+
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(")
+
+
+def instructions(step, *args):
+    """Counts the instructions of the optimized module by opcode and shape (layout included), fused ones too."""
+    text = jax.jit(step, donate_argnums=0).lower(*args).compile().as_text()
+    found = [_INSTRUCTION.match(line) for line in text.splitlines()]
+    counted = Counter((match[2], match[1]) for match in found if match)
+    assert counted.total() > 20, "the parser no longer reads this HLO"
+    return counted
+
+
+def by_hand_mlp(model, tx):
+    """The guide's update step over the same carry, without flaxsplit."""
+
+    def step(carry, batch):
+        x, y = batch
+
+        def loss(params):
+            def one(x):
+                return model.apply({"params": params, **carry.state}, x, train=True, mutable=["batch_stats"])
+
+            pred, updated = jax.vmap(one, out_axes=(0, None), axis_name="batch")(x)
+            return optax.l2_loss(pred, y).mean(), updated
+
+        (value, state), grads = jax.value_and_grad(loss, has_aux=True)(carry.params)
+        updates, opt_state = tx.update(grads, carry.opt_state, carry.params)
+        return fs.Carry(carry.step + 1, optax.apply_updates(carry.params, updates), dict(state), opt_state), value
+
+    return step
+
+
+def with_flaxsplit(model, tx, rngs=False):
+    """The same step, built from combinators."""
+    apply = fs.vmap_stateful(fs.with_mutable(model), axis_name="batch")
+    apply = fs.with_rngs(apply) if rngs else apply
+
+    def loss_fn(params, state, batch):
+        x, y = batch
+        pred, state = apply(params, state, x, train=True)
+        return optax.l2_loss(pred, y).mean(), state
+
+    return fs.with_optimizer(loss_fn, tx)
+
+
+def by_hand_dropping(model, tx):
+    """As `by_hand_mlp`, with a dropout key that is split per step and per example."""
+
+    def step(carry, batch):
+        x, y = batch
+        key, drawn = jax.random.split(carry.state["rngs"]["dropout"])
+        keys = jax.random.split(drawn, len(x))
+
+        def loss(params):
+            def one(key, x):
+                variables = {"params": params, "batch_stats": carry.state["batch_stats"]}
+                return model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key})
+
+            pred, updated = jax.vmap(one, out_axes=(0, None), axis_name="batch")(keys, x)
+            return optax.l2_loss(pred, y).mean(), updated
+
+        (value, state), grads = jax.value_and_grad(loss, has_aux=True)(carry.params)
+        updates, opt_state = tx.update(grads, carry.opt_state, carry.params)
+        new_state = {**state, "rngs": {"dropout": key}}
+        return fs.Carry(carry.step + 1, optax.apply_updates(carry.params, updates), new_state, opt_state), value
+
+    return step
+
+
+CASES = {
+    "mlp-adam": (MLP(), optax.adam(1e-3), False),
+    "mlp-clip": (MLP(), optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9)), False),
+    "dropout-adamw": (Dropping(), optax.adamw(1e-3), True),
+}
+
+
+def prepare(case):
+    """Gives a hand-written step, a flaxsplit step, and what both take."""
+    model, tx, rngs = CASES[case]
+    variables = model.init(jax.random.key(0), X[0], train=False)
+    params, state = fs.split_params(variables)
+    state |= fs.rng_state(dropout=jax.random.key(1)) if rngs else {}
+    batch = (X, jnp.zeros((32, 2)) if rngs else Y)
+    by_hand = (by_hand_dropping if rngs else by_hand_mlp)(model, tx)
+    return by_hand, with_flaxsplit(model, tx, rngs), (fs.init_carry(params, state, tx), batch)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_has_the_instructions_of_the_hand_written_one(case):
+    by_hand, ours, args = prepare(case)
+    assert instructions(ours, *args) == instructions(by_hand, *args)
+
+
+def test_one_multiplication_more_is_seen():
+    by_hand, ours, args = prepare("mlp-adam")
+
+    def slower(carry, batch):
+        carry, loss = ours(carry, batch)
+        return carry, loss * loss  # by a constant, XLA would fold it into the mean
+
+    assert instructions(slower, *args) != instructions(by_hand, *args)
+
+
+def test_combinators_that_only_watch_add_nothing():
+    by_hand, ours, args = prepare("mlp-adam")
+    assert instructions(fs.assert_max_traces(ours, 1), *args) == instructions(by_hand, *args)
+
+
+def test_the_donated_carry_is_aliased_and_the_peak_is_the_hand_written_one():
+    by_hand, ours, args = prepare("dropout-adamw")
+    stats = [fs.jit_step(step).lower(*args).compile().memory_analysis() for step in (by_hand, ours)]
+    assert stats[0].alias_size_in_bytes == stats[1].alias_size_in_bytes > 0
+    assert stats[0].temp_size_in_bytes == stats[1].temp_size_in_bytes
+
+
+def test_jit_step_returns_what_jax_jit_returns():
+    assert type(fs.jit_step(lambda carry, batch: (carry, batch))) is type(jax.jit(lambda x: x))

@@ -1,0 +1,96 @@
+"""What a user sees: the names, their signatures, and what importing them costs."""
+
+import ast
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import flaxsplit as fs
+
+SIGNATURES = {
+    "split_params": "(variables, *, trainable=None)",
+    "merge_state": "(params, state)",
+    "with_mutable": "(fn, *, method=None, mutable=Ellipsis, capture=())",
+    "with_rngs": "(fn)",
+    "rng_state": "(**keys)",
+    "vmap_stateful": "(fn, *, in_axes=0, out_axes=0, axis_name='batch', params_axes=None, state_axes=None, "
+    "split_rngs=True, axis_size=None, spmd_axis_name=None)",
+    "settle_state": "(fn, params, state, /, *args, **kwargs)",
+    "init_carry": "(params, state, tx)",
+    "with_optimizer": "(loss_fn, tx, *, has_aux=False, microbatches=1, axis_name=None)",
+    "with_ema": "(step, *, decay)",
+    "scan_steps": "(step, *, unroll=1)",
+    "stack_batches": "(batches, size)",
+    "jit_step": "(step, *, like=None, donate=True)",
+    "adopt_carry": "(restored, like)",
+    "assert_max_traces": "(fn, max_traces=1)",
+    "compile_log": "()",
+    "Carry": "(step, params, state, opt_state)",
+}
+CLASSES = {
+    "CollectionError": ValueError,
+    "SignatureError": TypeError,
+    "StateDriftError": TypeError,
+    "UnsyncedStateError": ValueError,
+    "RetraceError": RuntimeError,
+    "UntouchedStateWarning": UserWarning,
+    "CompileLog": object,
+}
+PACKAGE = pathlib.Path(fs.__file__).parent
+
+
+def bare(fn):
+    """A signature without annotations."""
+    signature = inspect.signature(fn)
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=parameters, return_annotation=signature.empty))
+
+
+def test_the_public_names_are_these():
+    public = {name for name in vars(fs) if not name.startswith("_")}
+    assert public == SIGNATURES.keys() | CLASSES.keys()
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_the_contract(name):
+    assert bare(getattr(fs, name)) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_errors_are_children_of_builtins(name):
+    assert issubclass(getattr(fs, name), CLASSES[name])
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_every_public_docstring_has_an_example_and_what_comes_out(name):
+    doc = inspect.getdoc(getattr(fs, name))
+    if name != "Carry":
+        assert ">>> " in doc
+        assert "Law: " in doc
+        assert "Returns:" in doc or "Yields:" in doc
+
+
+def test_modules_import_only_from_those_before_them():
+    order = "_types _describe _errors _filters _split _mutable _rngs _vmap _settle _carry _step _traces".split()
+    assert sorted(p.stem for p in PACKAGE.glob("_*.py") if p.stem != "__init__") == sorted(order)
+    for i, name in enumerate(order):
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
+        assert imported <= set(order[:i]), name
+
+
+def test_import_needs_only_the_five_libraries():
+    optional = "orbax equinox haiku rich sklearn matplotlib hypothesis pytest beartype torch tensorflow".split()
+    code = f"""
+import sys
+import jax, flax, optax, jaxtyping, typeguard
+before = set(sys.modules)
+import flaxsplit
+new = {{name.split(".")[0] for name in set(sys.modules) - before}}
+print(sorted(new & set({optional!r})))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,178 @@
+"""`with_optimizer` beside its laws: several devices, optax's extra arguments, what a failing or donated step leaves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flaxsplit as fs
+
+from .models import MLP, X, Y
+
+MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def loss_fn(params, state, batch):
+    """Linear regression, counting the batches."""
+    x, y = batch
+    return ((x @ params["w"] - y) ** 2).mean(), {"seen": state["seen"] + 1}
+
+
+def start(tx, sharding=None):
+    """A carry of one matrix and one counter."""
+    return fs.init_carry({"w": jax.device_put(jnp.full((10, 1), 0.1), sharding)}, {"seen": jnp.int32(0)}, tx)
+
+
+def assert_close(left, right):
+    """Compares two trees to rounding."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), left, right)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_axis_name_averages_under_shard_map(check_vma, microbatches):
+    tx = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1))
+    step = fs.with_optimizer(loss_fn, tx, axis_name="data", microbatches=microbatches)
+    sharded = jax.jit(
+        jax.shard_map(step, mesh=MESH, in_specs=(P(), P("data")), out_specs=(P(), P()), check_vma=check_vma)
+    )
+    ours, plain = start(tx, NamedSharding(MESH, P())), start(tx)
+    for _ in range(3):
+        ours, loss = sharded(ours, (X, Y))
+        plain, expected = fs.with_optimizer(loss_fn, tx)(plain, (X, Y))
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert_close(ours.params, plain.params)
+    assert_close(ours.opt_state, plain.opt_state)
+    assert int(ours.state["seen"]) == 3 * microbatches
+
+
+def test_axis_name_averages_under_vmap():
+    tx = optax.sgd(0.1)
+    step = fs.with_optimizer(loss_fn, tx, axis_name="data")
+    batch = jax.tree.map(lambda leaf: leaf.reshape(8, 4, -1), (X, Y))
+    carry, losses = jax.vmap(step, in_axes=(None, 0), axis_name="data")(start(tx), batch)
+    expected, loss = fs.with_optimizer(loss_fn, tx)(start(tx), (X, Y))
+    np.testing.assert_allclose(losses, jnp.full(8, loss), rtol=1e-5)
+    for i in range(8):
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], carry.params), expected.params)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pmap is on its way out; it has to work while it is there
+def test_axis_name_averages_under_pmap():
+    tx = optax.sgd(0.1)
+    step = fs.with_optimizer(loss_fn, tx, axis_name="data")
+    batch = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(8, 4, -1), (X, Y))
+    carry = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (8, *leaf.shape)), jax.device_get(start(tx)))
+    carry, _ = jax.pmap(step, axis_name="data")(carry, batch)
+    expected, _ = fs.with_optimizer(loss_fn, tx)(start(tx), (X, Y))
+    for i in range(8):
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], jax.device_get(carry.params)), expected.params)
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("tx", [optax.lbfgs(), optax.contrib.reduce_on_plateau(patience=1)], ids=["lbfgs", "plateau"])
+def test_extra_arguments_reach_the_optimizer(tx, microbatches):
+    tx = optax.chain(optax.sgd(0.05), tx) if "plateau" in str(tx.update) else tx
+    step = fs.jit_step(fs.with_optimizer(loss_fn, tx, microbatches=microbatches))
+    carry, losses = start(tx), []
+    for _ in range(5):
+        carry, loss = step(carry, (X, Y))
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+
+
+def test_value_fn_is_the_loss_on_the_same_batch_and_state():
+    seen = {}
+
+    def update(grads, state, params, *, value, grad, value_fn, **_):
+        seen.update(value=value, again=value_fn(params), same=grad is grads)
+        return grads, state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    fs.with_optimizer(loss_fn, tx)(start(tx), (X, Y))
+    np.testing.assert_array_equal(seen["value"], seen["again"])
+    assert seen["same"]
+
+
+def test_aux_comes_out_and_is_stacked_over_microbatches():
+    def with_aux(params, state, batch):
+        loss, state = loss_fn(params, state, batch)
+        return (loss, {"n": jnp.int32(len(batch[0]))}), state
+
+    tx = optax.sgd(0.1)
+    _, (loss, aux) = fs.with_optimizer(with_aux, tx, has_aux=True)(start(tx), (X, Y))
+    assert (loss.shape, int(aux["n"])) == ((), 32)
+    _, (loss, aux) = fs.with_optimizer(with_aux, tx, has_aux=True, microbatches=4)(start(tx), (X, Y))
+    assert loss.shape == ()
+    np.testing.assert_array_equal(aux["n"], [8, 8, 8, 8])
+
+
+def test_bf16_gradients_are_accumulated_in_f32():
+    def small(params, state, x):
+        return (params["w"] * x).mean(), state
+
+    tx = optax.sgd(1.0)
+    x = jnp.concatenate([jnp.full((1,), 1.0), jnp.full((255,), 2.0**-9)]).astype(jnp.bfloat16)
+    carry = fs.init_carry({"w": jnp.zeros((), jnp.bfloat16)}, {}, tx)
+    new, _ = fs.with_optimizer(small, tx, microbatches=256)(carry, x)
+    assert new.params["w"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(new.params["w"]), -float(x.astype(jnp.float32).mean()), rtol=1e-2)
+
+
+def test_a_donated_step_deletes_nothing_of_the_callers():
+    model = MLP()
+    variables = model.init(jax.random.key(0), X[0])
+    params, state = fs.split_params(variables)
+    apply = fs.vmap_stateful(fs.with_mutable(model))
+    before = jax.device_get((variables, params, state))
+
+    def mlp_loss(params, state, batch):
+        pred, state = apply(params, state, batch[0], train=True)
+        return optax.l2_loss(pred, batch[1]).mean(), state
+
+    tx = optax.adam(0.1)
+    carry = fs.init_carry(params, state | {"ema": params}, tx)
+    step = fs.jit_step(fs.with_ema(fs.with_optimizer(mlp_loss, tx), decay=0.9))
+    given = carry
+    carry, _ = step(carry, (X, Y))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((variables, params, state)), before)
+    out, _ = apply(carry.state["ema"], carry.state, X, train=True)  # evaluation with averaged weights: one line
+    assert out.shape == Y.shape
+
+
+def test_a_carry_that_was_consumed_says_so_in_jaxs_words():
+    # jit_step returns jax.jit's own object: nothing of ours runs at a dispatch, so the words are JAX's (see its docstring)
+    tx = optax.sgd(0.1)
+    step, carry = fs.jit_step(fs.with_optimizer(loss_fn, tx)), start(tx)
+    step(carry, (X, Y))
+    with pytest.raises((RuntimeError, ValueError), match="deleted|donated"):
+        step(carry, (X, Y))
+
+
+def test_jit_step_takes_a_train_state():
+    from flax.training.train_state import TrainState
+
+    train_state = TrainState.create(apply_fn=None, params={"w": jnp.ones(3)}, tx=optax.sgd(0.1))
+
+    def step(train_state, batch):
+        grads = jax.grad(lambda params: (params["w"] * batch).sum())(train_state.params)
+        return train_state.apply_gradients(grads=grads), ()
+
+    new, _ = fs.jit_step(step)(train_state, jnp.ones(3))
+    assert int(new.step) == 1
+
+
+def test_ema_takes_a_schedule():
+    tx, params = optax.sgd(1.0), {"w": jnp.ones(2)}
+    step = fs.with_ema(
+        fs.with_optimizer(lambda p, s, b: ((p["w"] * b).sum(), s), tx), decay=lambda count: jnp.where(count == 0, 0.0, 1.0)
+    )
+    carry = fs.init_carry(params, {"ema": params}, tx)
+    carry, _ = step(carry, jnp.ones(2))
+    np.testing.assert_array_equal(carry.state["ema"]["w"], carry.params["w"])
+    after, _ = step(carry, jnp.ones(2))
+    np.testing.assert_array_equal(after.state["ema"]["w"], carry.params["w"])
