@@ -34,7 +34,7 @@ def assert_close(left, right):
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_axis_name_averages_under_shard_map(check_vma, microbatches):
-    tx = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1))
+    tx = optax.sgd(0.1, momentum=0.9)  # not Adam: it would not see gradients that are eight times too large
     step = fs.with_optimizer(loss_fn, tx, axis_name="data", microbatches=microbatches)
     sharded = jax.jit(
         jax.shard_map(step, mesh=MESH, in_specs=(P(), P("data")), out_specs=(P(), P()), check_vma=check_vma)

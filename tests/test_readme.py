@@ -1,0 +1,39 @@
+"""The README's code runs as printed, and its two loops give the same, bit for bit."""
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import flaxsplit as fs
+
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", README, re.DOTALL))
+
+
+def test_before_and_after_are_the_same_bit_for_bit():
+    names = {}
+    exec(BLOCKS["before"], names)  # noqa: S102 (the README's own code)
+    by_hand = {name: names[name] for name in ("params", "state", "value")}
+    exec(BLOCKS["after"], names)  # noqa: S102
+    ours = {"params": names["carry"].params, "state": names["carry"].state, "value": names["value"]}
+    jax.tree.map(np.testing.assert_array_equal, ours, by_hand)
+    assert int(names["carry"].step) == 20
+
+
+def test_the_readme_names_every_combinator():
+    functions = {name for name, value in vars(fs).items() if not name.startswith("_") and not isinstance(value, type)}
+    missing = {name for name in functions if f"`{name}`" not in README}
+    assert missing == set()
+
+
+def test_all_code_is_run():
+    assert BLOCKS.keys() == {"before", "after"}
+    assert README.count("```python") == len(BLOCKS)
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+(?:Error|Warning)):", README))))
+def test_the_readme_names_errors_that_exist(name):
+    assert issubclass(getattr(fs, name), Exception)
