@@ -8,7 +8,7 @@ import optax
 
 import flaxsplit as fs
 
-from .models import MLP, X, Y, BiasAdder
+from .models import MLP, BiasAdder, X, Y
 
 STEPS = 20
 

@@ -10,7 +10,7 @@ import pytest
 
 import flaxsplit as fs
 
-from .models import MLP, X, Y, Dropping
+from .models import MLP, Dropping, X, Y
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(")
 

@@ -11,7 +11,7 @@ import pytest
 
 import flaxsplit as fs
 
-from .models import MLP, X, Dropping
+from .models import MLP, Dropping, X
 
 KEY = jax.random.key(0)
 
@@ -86,7 +86,6 @@ def test_methods_other_than_call(how):
     assert_equal(new_state, plain(updated))
 
 
-
 class Block(nn.Module):
     """A layer of carried `x`, for `nn.scan`."""
 
@@ -106,7 +105,9 @@ LIFTED = {
         (X, None),
     ),
     "nn.vmap": (
-        nn.vmap(Coder, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, in_axes=None, axis_size=3)(),
+        nn.vmap(
+            Coder, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, in_axes=None, axis_size=3
+        )(),
         {},
         (X,),
     ),

@@ -169,7 +169,8 @@ def test_jit_step_takes_a_train_state():
 def test_ema_takes_a_schedule():
     tx, params = optax.sgd(1.0), {"w": jnp.ones(2)}
     step = fs.with_ema(
-        fs.with_optimizer(lambda p, s, b: ((p["w"] * b).sum(), s), tx), decay=lambda count: jnp.where(count == 0, 0.0, 1.0)
+        fs.with_optimizer(lambda p, s, b: ((p["w"] * b).sum(), s), tx),
+        decay=lambda count: jnp.where(count == 0, 0.0, 1.0),
     )
     carry = fs.init_carry(params, {"ema": params}, tx)
     carry, _ = step(carry, jnp.ones(2))

@@ -8,7 +8,7 @@ import pytest
 
 import flaxsplit as fs
 
-from .models import MLP, X, Dropping
+from .models import MLP, Dropping, X
 
 KEY = jax.random.key(0)
 
@@ -37,10 +37,18 @@ def test_dropout_differs_per_example_and_per_step_and_is_reproducible(order, key
     assert len(np.unique(np.asarray(first), axis=0)) > 16
     assert (first != second).any()
     np.testing.assert_array_equal(first, again)
-    keys = [jax.random.key_data(s["rngs"]["dropout"]) for s in (state, state_1, state_2)] if order == "typed" else [
-        np.asarray(jax.random.key_data(s["rngs"]["dropout"]) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else s["rngs"]["dropout"])
-        for s in (state, state_1, state_2)
-    ]
+    keys = (
+        [jax.random.key_data(s["rngs"]["dropout"]) for s in (state, state_1, state_2)]
+        if order == "typed"
+        else [
+            np.asarray(
+                jax.random.key_data(s["rngs"]["dropout"])
+                if jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+                else s["rngs"]["dropout"]
+            )
+            for s in (state, state_1, state_2)
+        ]
+    )
     assert len({k.tobytes() for k in map(np.asarray, keys)}) == 3
     assert state_1["rngs"]["dropout"].shape == key.shape
 
@@ -79,7 +87,9 @@ def test_an_ensemble_has_params_and_state_per_member():
         expected, expected_state = fs.with_mutable(model)(*one, X, train=True)
         np.testing.assert_allclose(out[i], expected, rtol=1e-5, atol=1e-6)
         jax.tree.map(
-            lambda new, old, i=i: np.testing.assert_allclose(new[i], old, rtol=1e-5, atol=1e-6), new_state, expected_state
+            lambda new, old, i=i: np.testing.assert_allclose(new[i], old, rtol=1e-5, atol=1e-6),
+            new_state,
+            expected_state,
         )
 
 
