@@ -1,4 +1,4 @@
-"""The two examples of Flax's guide on managing params and state, against the guide's own loop, written out and jitted."""
+"""The two examples of Flax's guide on managing params and state, against the guide's own loop, jitted."""
 
 import flax
 import jax

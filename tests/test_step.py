@@ -145,11 +145,11 @@ def test_a_donated_step_deletes_nothing_of_the_callers():
 
 
 def test_a_carry_that_was_consumed_says_so_in_jaxs_words():
-    # jit_step returns jax.jit's own object: nothing of ours runs at a dispatch, so the words are JAX's (see its docstring)
+    # jit_step returns jax.jit's own object: nothing of ours runs at a dispatch, so the words are JAX's
     tx = optax.sgd(0.1)
     step, carry = fs.jit_step(fs.with_optimizer(loss_fn, tx)), start(tx)
     step(carry, (X, Y))
-    with pytest.raises((RuntimeError, ValueError), match="deleted|donated"):
+    with pytest.raises((RuntimeError, ValueError), match=r"deleted|donated"):
         step(carry, (X, Y))
 
 
