@@ -1,7 +1,7 @@
 """Trains a convolutional network on 1,797 handwritten digits, then fine-tunes its head, with flaxsplit.
 
-The network is written for one image. `vmap_stateful` makes it one for a batch, with BatchNorm synced over the batch and a
-dropout mask per image. The same loop written by hand runs beside it, step for step, for the comparison at the end.
+The network is written for one image. `vmap_stateful` makes it one for a batch, with BatchNorm synced over the batch
+and a dropout mask per image. The same loop written by hand runs beside it, for the comparison at the end.
 """
 
 import sys
@@ -34,6 +34,7 @@ class Digits(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        """Runs two blocks of convolution, BatchNorm and pooling, then the head."""
         x = image
         for features in (32, 64):
             x = nn.Conv(features, (3, 3), use_bias=False)(x)

@@ -9,7 +9,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ._describe import Difference, describe, differences, is_array, keyed_leaves, plain, same_structure, strong
+from ._describe import Difference, alike, describe, differences, is_array, keyed_leaves, plain, strong
 from ._errors import CollectionError, SignatureError, StateDriftError
 from ._types import Carry, Tree
 
@@ -209,10 +209,7 @@ def check_drift(where: str, name: str, before: Any, after: Any) -> Any:
     Costs a comparison per leaf while tracing. The words are looked for only once something differs.
     """
     after = jax.tree.map(strong, after)
-    if same_structure(before, after) and all(
-        jnp.shape(old) == new.shape and jax.typeof(old).dtype == new.dtype
-        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-    ):
+    if alike(before, after):
         return after
     changed = differences(jax.tree.map(strong, before), after, name)
     raise StateDriftError(

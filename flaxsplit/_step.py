@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from ._carry import check_drift
-from ._describe import abstract, describe, differences, is_array, keyed_leaves, wraps
+from ._describe import abstract, alike, describe, differences, is_array, keyed_leaves, wraps
 from ._errors import CollectionError, SignatureError
 from ._types import AxisName, Carry, JittedStep, LossFn, Scalar, Step
 
@@ -243,19 +243,19 @@ def _check_carry(carry: Any) -> None:
             "params were passed, or what a checkpoint gave back was not adopted",
             "init_carry(params, state, tx), or adopt_carry(restored, carry)",
         )
-    strange = {
-        path: describe(leaf)
-        for path, leaf in keyed_leaves(carry.params, "carry.params").items()
-        if not jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact)
-    }
-    if strange:
+    if not all(map(_is_differentiable, jax.tree.leaves(carry.params))):
+        params = keyed_leaves(carry.params, "carry.params").items()
         raise SignatureError(
             "with_optimizer(loss_fn, tx)",
             "every param must be differentiable: of a floating or complex dtype",
-            [f"{path}: {words}" for path, words in strange.items()],
+            [f"{path}: {describe(leaf)}" for path, leaf in params if not _is_differentiable(leaf)],
             "counters or keys were split off as params",
             "split_params(variables, trainable=lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.inexact))",
         )
+
+
+def _is_differentiable(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact))
 
 
 def _check_count(where: str, count: Any) -> None:
@@ -319,8 +319,9 @@ def with_ema(step: Step[Carry, BatchT, OutT], *, decay: float | Callable[[Any], 
 
 
 def _check_ema(carry: Carry) -> None:
-    changed = differences(carry.params, carry.state.get("ema"), "state['ema']")
-    if changed:
+    ema = carry.state.get("ema")
+    if not alike(carry.params, ema):
+        changed = differences(carry.params, ema, "state['ema']")
         raise CollectionError(
             "with_ema(step)",
             "state['ema'] must have the structure of the params (params -> ema)",
@@ -403,8 +404,8 @@ def stack_batches(batches: Iterable[BatchT], size: int) -> Iterator[BatchT]:
 
 
 def _stacks(batches: Iterable[Any], size: int) -> Iterator[Any]:
-    for _, alike in itertools.groupby(batches, key=lambda batch: jax.tree.flatten(abstract(batch))):
-        while group := list(itertools.islice(alike, size)):
+    for _, same in itertools.groupby(batches, key=lambda batch: jax.tree.flatten(abstract(batch))):
+        while group := list(itertools.islice(same, size)):
             yield jax.tree.map(_stacked, *group)
 
 
