@@ -5,11 +5,12 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ._describe import Difference, alike, describe, differences, is_array, keyed_leaves, plain, strong
+from ._describe import Difference, alike, describe, differences, is_array, keyed_leaves, kind_of, plain, shorten, strong
 from ._errors import CollectionError, SignatureError, StateDriftError
 from ._types import Carry, Tree
 
@@ -47,14 +48,14 @@ def init_carry(params: Tree, state: Tree, tx: optax.GradientTransformation) -> C
 
 
 def _owned(tree: T, name: str) -> T:
-    strange = [f"{path}: {describe(leaf)}" for path, leaf in keyed_leaves(tree, name).items() if not _is_numeric(leaf)]
+    strange = [f"{path}: {kind_of(leaf)}" for path, leaf in keyed_leaves(tree, name).items() if not _is_numeric(leaf)]
     if strange:
         raise SignatureError(
             "init_carry(params, state, tx)",
             "every leaf must be an array or a number",
             strange,
-            "a function, a string or another object was stored in the tree",
-            "keep what does not change out of the carry, in the function's closure",
+            "a function, a string, an abstract value or another object is in the tree",
+            "keep what does not change out of the carry, in the closure; jax.eval_shape(init, ...) for an abstract carry",
         )
     owned: T = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jax.typeof(leaf).dtype, copy=True), tree)
     return owned
@@ -63,7 +64,9 @@ def _owned(tree: T, name: str) -> T:
 def _is_numeric(leaf: Any) -> bool:
     if isinstance(leaf, jax.Array | bool | int | float | complex):
         return True
-    return is_array(leaf) and jnp.dtype(leaf.dtype).kind not in "OSUMm"  # objects, strings, dates of NumPy
+    return (
+        isinstance(leaf, np.ndarray | np.generic) and jnp.dtype(leaf.dtype).kind not in "OSUMm"
+    )  # objects, strings, dates of NumPy
 
 
 def _placed(carry: Carry) -> Carry:
@@ -89,7 +92,7 @@ def _put(carry: Carry, where: Callable[[jax.Array], Any]) -> Carry:
 
 def _check_one(placements: Mapping[str, Any]) -> None:
     if len(set(placements.values())) > 1:
-        where = [f"{path}: {placement}" for path, placement in placements.items()]
+        where = [f"{path}: {_place(placement)}" for path, placement in placements.items()]
         raise SignatureError(
             "init_carry(params, state, tx)",
             "all leaves must live on one mesh or one device",
@@ -97,6 +100,14 @@ def _check_one(placements: Mapping[str, Any]) -> None:
             "params and state were placed apart",
             "jax.device_put((params, state), sharding) before init_carry",
         )
+
+
+def _place(placement: Any) -> str:
+    """Says a mesh or a sharding by its axes and devices; the words of JAX differ by version."""
+    axes = ", ".join(f"{name}={size}" for name, size in getattr(placement, "shape", {}).items())
+    devices = list(placement.devices.flat if axes else placement.device_set)
+    names = ", ".join(shorten(sorted(f"{device.platform}:{device.id}" for device in devices), 4))
+    return f"mesh({axes}) of {names}" if axes else names
 
 
 def adopt_carry(restored: Any, like: T) -> T:
@@ -132,6 +143,8 @@ def adopt_carry(restored: Any, like: T) -> T:
         value = _unwrapped(value, leaf)
         if value is _NOTHING:
             wrong.append(Difference(name, describe(leaf), "absent"))
+        elif not _is_numeric(value):
+            wrong.append(Difference(name, describe(leaf), kind_of(value)))
         elif _type_of(value) != _type_of(leaf):
             wrong.append(Difference(name, describe(leaf), describe(strong(value) if not is_array(value) else value)))
         else:
@@ -180,7 +193,7 @@ def _walk(tree: Any, path: tuple[Any, ...]) -> Any:
 
 
 def _unwrapped(value: Any, leaf: Any) -> Any:
-    """Key data becomes keys again where keys are due."""
+    """Key data becomes keys again where keys are due, and keys become key data where a legacy key is due."""
     wants_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     if wants_key and is_array(value) and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return (
@@ -188,6 +201,8 @@ def _unwrapped(value: Any, leaf: Any) -> Any:
             if value.dtype == jnp.uint32
             else value
         )
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key) and leaf.dtype == jnp.uint32:
+        return jax.random.key_data(value)
     return value
 
 
@@ -216,8 +231,7 @@ def check_drift(where: str, name: str, before: Any, after: Any) -> Any:
         where,
         "what comes out must have the structure, shapes and dtypes of what went in",
         [str(each) for each in changed],
-        _cause(changed),
-        _fix(changed),
+        *_cause_and_fix(name, changed),
     )
 
 
@@ -228,17 +242,24 @@ def _kind_of(changed: list[Difference]) -> str:
     return "shape" if any(before[1] != after[1] for before, after in sides) else "dtype"
 
 
-def _cause(changed: list[Difference]) -> str:
+def _cause_and_fix(name: str, changed: list[Difference]) -> tuple[str, str]:
+    if name in ("params", "opt_state"):
+        return f"tx gives {name} another form than it took", "init_carry(params, state, tx) with the tx of the step"
+    if [each.path for each in changed] == [name]:
+        return "something else was returned where the new state is due: (loss, aux), new_state needs has_aux=True", (
+            "return loss, new_state" if name == "state" else "return carry, out"
+        )
     return {
-        "structure": "leaves come or go: a sown collection in the state, a cache made late, a collection not returned",
-        "shape": "the first update gives the state its final shape (keepdims=True?), or a batch axis stayed in",
-        "dtype": "the state is computed in another precision than it is kept in",
-    }[_kind_of(changed)]
-
-
-def _fix(changed: list[Difference]) -> str:
-    return {
-        "structure": "with_mutable(model, capture='intermediates') for sown values; return out, {**state, ...}",
-        "shape": "state = settle_state(fn, params, state, x), before init_carry",
-        "dtype": "cast in fn, new.astype(old.dtype), or state = settle_state(fn, params, state, x)",
+        "structure": (
+            "leaves come or go: a sown collection in the state, a cache made late, a collection not returned",
+            "with_mutable(model, capture='intermediates') for sown values; return out, {**state, ...}",
+        ),
+        "shape": (
+            "the first update gives the state its final shape (keepdims=True?), or a batch axis stayed in",
+            "state = settle_state(fn, params, state, x), before init_carry",
+        ),
+        "dtype": (
+            "the state is computed in another precision than it is kept in",
+            "cast in fn, new.astype(old.dtype), or state = settle_state(fn, params, state, x)",
+        ),
     }[_kind_of(changed)]

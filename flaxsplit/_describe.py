@@ -48,6 +48,11 @@ def describe(leaf: Any) -> str:
     return f"{short}[{_dimensions(leaf)}]{weak}"
 
 
+def kind_of(leaf: Any) -> str:
+    """As `describe`, with the type where what is wrong with an array is that it is none of JAX's."""
+    return describe(leaf) if not is_array(leaf) else f"{type(leaf).__name__} {describe(leaf)}"
+
+
 def _dimensions(leaf: Any) -> str:
     """Joins the sizes; where the mesh is part of the type (explicit axes) each size carries its axis: `8@x`."""
     spec = _explicit_spec(leaf)
@@ -174,7 +179,7 @@ def plain(tree: Any) -> Any:
 
 def strong(leaf: Any) -> Any:
     """Drops a weak type, which loses nothing; Python scalars and NumPy arrays become JAX arrays."""
-    if isinstance(leaf, jax.Array) and not leaf.weak_type:
+    if isinstance(leaf, jax.Array) and not getattr(leaf, "weak_type", False):
         return leaf
     return jnp.asarray(leaf, dtype=jax.typeof(leaf).dtype)
 

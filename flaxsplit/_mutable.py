@@ -12,7 +12,7 @@ from flax import core, errors
 
 from ._describe import describe, plain, wraps
 from ._errors import CollectionError, SignatureError, UntouchedStateWarning
-from ._split import merge_state
+from ._split import check_halves, merge_state
 from ._types import ApplyFn, LinenModule, Mutable, State, Stateful, Tree
 
 P = ParamSpec("P")
@@ -89,6 +89,7 @@ def with_mutable(
 
     @wraps(*_signed(fn, method))
     def stateful(params: Tree, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
+        check_halves("with_mutable(fn)", params, state)
         visible = {name: tree for name, tree in state.items() if name not in HIDDEN and name not in captured}
         variables = merge_state(params, visible)
         names = _mutable_names(mutable, visible)
@@ -177,6 +178,8 @@ def _applied(
         raise _not_mutable(_first_sentence(error), names, variables) from error
     except _MISSING as error:
         raise _not_found(_first_sentence(error), variables) from error
+    except errors.ScopeParamShapeError as error:
+        raise _misshapen(_first_sentence(error)) from error
 
 
 def _first_sentence(error: Exception) -> str:
@@ -193,14 +196,16 @@ def _no_rngs(sentence: str, state: Tree, kwargs: dict[str, Any]) -> CollectionEr
     stream = found[1] if found else "params"
     drawn, held = kwargs.get("rngs"), state.get("rngs", {})
     forgotten = stream in held and drawn is None
+    streams = ", ".join(f"{name}=key" for name in sorted({*held, *(drawn or {}), stream}))
+    got = [f"rngs: {sorted(drawn)}"] if drawn else ["rngs: none", f"state['rngs']: {sorted(held) or 'none'}"]
     return CollectionError(
         "with_mutable(fn)",
         f"the model draws from the PRNG stream {stream!r}",
-        [sentence, f"rngs: {sorted(drawn) if drawn else 'none'}", f"state['rngs']: {sorted(held) or 'none'}"],
+        got,
         "state['rngs'] is there, but nothing draws from it" if forgotten else f"there is no key for {stream!r}",
         "with_rngs(with_mutable(model))"
         if forgotten
-        else f"with_rngs(with_mutable(model)) and state | rng_state({stream}=key)",
+        else f"with_rngs(with_mutable(model)), with state | rng_state({streams})",
     )
 
 
@@ -228,6 +233,17 @@ def _not_found(sentence: str, variables: Tree) -> CollectionError:
         ],
         "params and state were swapped, a collection is missing, or they belong to another model",
         "params, state = split_params(module.init(key, x)); fn(params, state, x)",
+    )
+
+
+def _misshapen(sentence: str) -> CollectionError:
+    found = re.search(r'parameter "([^"]+)" in "([^"]+)"', sentence)  # the rest of the sentence differs by version
+    return CollectionError(
+        "with_mutable(fn)",
+        "every param must have the shape that the model declares for it",
+        [f"parameter {found[1]!r} in {found[2]!r}: another shape" if found else sentence],
+        "x has another size than at module.init, or the params belong to another model",
+        "params, state = split_params(module.init(key, x)), with the x and the module of the call",
     )
 
 

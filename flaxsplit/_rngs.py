@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ._describe import describe, is_array, wraps
 from ._errors import CollectionError, SignatureError
+from ._split import check_halves
 from ._types import PRNGKey, State, StatefulT, Tree
 
 
@@ -36,7 +37,7 @@ def rng_state(**keys: PRNGKey) -> State:
             "at least one stream, each a PRNG key",
             strange or ["no stream"],
             "a seed was passed instead of a key" if strange else "the streams were forgotten",
-            "rng_state(dropout=jax.random.key(0))",
+            f"rng_state({next(iter(keys), 'dropout')}=jax.random.key(0))",
         )
     return {"rngs": dict(keys)}
 
@@ -74,6 +75,7 @@ def with_rngs(fn: StatefulT) -> StatefulT:
 
     @wraps(fn)
     def stateful(params: Tree, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
+        check_halves("with_rngs(fn)", params, state)
         _check_rngs(state, kwargs)
         advanced, drawn = draw(state["rngs"])
         rest = {name: tree for name, tree in state.items() if name != "rngs"}

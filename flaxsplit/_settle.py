@@ -70,15 +70,22 @@ def _reached(start: Any, end: Any) -> State:
     stuck = {}
     for (path, old), new in zip(keyed_leaves(start, "state").items(), jax.tree.leaves(end), strict=True):
         old = _shape_of(old)
-        if not _broadcastable(old.shape, new.shape) or not jnp.can_cast(old.dtype, new.dtype, "same_kind"):
+        if not _broadcastable(old.shape, new.shape) or not _castable(old.dtype, new.dtype):
             stuck[path] = (old, new)
     if stuck:
         before, after = ({path: pair[i] for path, pair in stuck.items()} for i in (0, 1))
         raise _unsettled(
-            before, after, "the state must reach its fixed point by broadcasting or casting", "other shapes"
+            before,
+            after,
+            "the state must reach its fixed point by broadcasting or casting",
+            "the state was made for other shapes, or for numbers of another kind",
         )
     reached: State = jax.tree.map(_brought, start, end)
     return reached
+
+
+def _castable(old: Any, new: Any) -> bool:
+    return bool(old == new or jnp.can_cast(old, new, "same_kind"))  # keys have a dtype that NumPy cannot compare
 
 
 def _broadcastable(old: tuple[int, ...], new: tuple[int, ...]) -> bool:

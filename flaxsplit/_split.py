@@ -67,7 +67,7 @@ def merge_state(params: Tree, state: Tree) -> Variables:
 
     As `{**params, **state}`, but overlap is an error and not a silent choice.
     """
-    _check_halves(params, state)
+    check_halves("merge_state(params, state)", params, state)
     frozen, trained = dict(flatten(state.get("params", {}))), dict(flatten(params))
     collections = {name: plain(tree) for name, tree in state.items() if name != "params"}
     return {"params": _joined(frozen, trained) if frozen else plain(params), **collections}
@@ -115,11 +115,11 @@ def _params_of(variables: Any) -> Tree:
             "variables['params'] was passed instead of variables, or the model has no params",
             "split_params(module.init(key, x)), or split_params({'params': {}, **variables})",
         )
-    if list(variables["params"]) == ["params"]:
+    if isinstance(variables["params"].get("params"), Mapping) and RESERVED.issuperset(variables["params"]):
         raise CollectionError(
             where,
             "'params' must hold the params themselves",
-            [f"variables['params']['params']: {sorted(map(str, variables['params']['params']))}"],
+            [f"variables['params']: {sorted(map(str, variables['params']))}"],
             "variables were wrapped in {'params': ...} once too often",
             "split_params(variables['params'])",
         )
@@ -127,25 +127,17 @@ def _params_of(variables: Any) -> Tree:
     return tree
 
 
-def _check_halves(params: Any, state: Any) -> None:
-    where = "merge_state(params, state)"
+def check_halves(where: str, params: Any, state: Any) -> None:
+    """Recognises what is often passed for params and state: the two swapped, variables, or one of them forgotten."""
     for name, half in (("params", params), ("state", state)):
         if not isinstance(half, Mapping):
             raise SignatureError(
                 where,
                 f"{name} must be a mapping",
                 [f"{name}: {describe(half)}"],
-                "the arguments are in another order, or something else was passed",
+                "params or state was forgotten, or the arguments are in another order",
                 "fn(params, state, *args)",
             )
-    if isinstance(params.get("params"), Mapping):
-        raise CollectionError(
-            where,
-            "params must be the params themselves",
-            [f"params: {sorted(map(str, params))}"],
-            "variables were passed where params are wanted",
-            "params, state = split_params(variables)",
-        )
     if params and state and RESERVED.issuperset(params) and RESERVED.isdisjoint(state):
         raise CollectionError(
             where,
@@ -153,4 +145,13 @@ def _check_halves(params: Any, state: Any) -> None:
             [f"params: {sorted(map(str, params))}", f"state: {sorted(map(str, state))}"],
             "params and state were swapped",
             "fn(params, state, *args)",
+        )
+    # other names beside 'params' are collections; else a module of the model is called 'params'
+    if isinstance(params.get("params"), Mapping) and (RESERVED | set(state)).issuperset(params):
+        raise CollectionError(
+            where,
+            "params must be the params themselves",
+            [f"params: {sorted(map(str, params))}"],
+            "variables were passed where params are wanted",
+            "params, state = split_params(variables)",
         )

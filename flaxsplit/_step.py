@@ -1,7 +1,7 @@
 """Run it and improve it: from a loss function to a step, and from a step to many."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, cast, overload
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from ._carry import check_drift
-from ._describe import abstract, alike, describe, differences, is_array, keyed_leaves, wraps
+from ._describe import abstract, describe, differences, is_array, keyed_leaves, kind_of, same_structure, wraps
 from ._errors import CollectionError, SignatureError
 from ._types import AxisName, Carry, JittedStep, LossFn, Scalar, Step
 
@@ -214,16 +214,26 @@ def _returned(result: Any, has_aux: bool) -> tuple[Any, Any]:
         cause = "loss_fn returns aux as well: with_optimizer(loss_fn, tx, has_aux=True)"
         raise _misreturned("a scalar loss first", [f"out: {_form_of(loss)}"], cause, form)
     if not _is_real_scalar(loss):
-        cause = (
-            "loss and state were swapped" if isinstance(loss, dict) else "the loss was not reduced to one real number"
-        )
-        fix = form if isinstance(loss, dict) else form.replace("loss", "loss.mean()", 1)
+        cause, reduced = _unlike_a_loss(loss)
+        fix = form.replace("loss", reduced, 1)
         raise _misreturned("a real scalar loss, f32[]", [f"loss: {_form_of(loss)}"], cause, fix)
     return out, new_state
 
 
 def _form_of(value: Any) -> str:
     return f"a tuple of {len(value)}" if isinstance(value, tuple) else describe(value)
+
+
+def _unlike_a_loss(loss: Any) -> tuple[str, str]:
+    if isinstance(loss, Mapping):
+        return "loss and state were swapped", "loss"
+    if not is_array(loss):
+        return "the loss does not come from the params, but from Python", "loss"
+    if jnp.issubdtype(loss.dtype, jnp.complexfloating):
+        return "the loss is complex", "jnp.abs(loss).mean()"
+    if loss.shape == ():
+        return "the loss counts, and a count has no gradient", "loss, a float computed from the params"
+    return "the loss was not reduced to one number", "loss.mean()"
 
 
 def _is_real_scalar(loss: Any) -> bool:
@@ -264,7 +274,7 @@ def _check_count(where: str, count: Any) -> None:
             where,
             "a whole number of at least 1",
             [f"{describe(count)}: {count!r}" if isinstance(count, int | float) else describe(count)],
-            "something else was passed",
+            "zero, a negative number, a fraction, or no number",
             where.replace("...", "4"),
         )
 
@@ -295,11 +305,11 @@ def with_ema(step: Step[Carry, BatchT, OutT], *, decay: float | Callable[[Any], 
 
     As `optax.ema` on params instead of gradients; the average is state, so a scan, mesh or checkpoint carries it.
     """
-    if not callable(decay) and not 0 <= decay <= 1:
+    if not callable(decay) and not _is_fraction(decay):
         raise SignatureError(
             "with_ema(decay=...)",
             "a number between 0 and 1, or a schedule",
-            [f"decay: {decay!r}"],
+            [f"decay: {decay!r}" if isinstance(decay, int | float) else f"decay: {describe(decay)}"],
             "1 - decay was passed, or a percentage",
             "with_ema(step, decay=0.999)",
         )
@@ -318,9 +328,20 @@ def with_ema(step: Step[Carry, BatchT, OutT], *, decay: float | Callable[[Any], 
     return averaging
 
 
+def _is_fraction(decay: Any) -> bool:
+    if isinstance(decay, jax.Array):  # perhaps traced: its value is not there to be asked
+        return decay.shape == ()
+    return isinstance(decay, int | float | np.number) and bool(0 <= decay <= 1)
+
+
+def _shapes(tree: Any) -> list[Any]:
+    return [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+
 def _check_ema(carry: Carry) -> None:
-    ema = carry.state.get("ema")
-    if not alike(carry.params, ema):
+    """Compares structure and shapes; the average of bf16 params may be kept in f32."""
+    ema = carry.state.get("ema", {})
+    if not (same_structure(carry.params, ema) and _shapes(carry.params) == _shapes(ema)):
         changed = differences(carry.params, ema, "state['ema']")
         raise CollectionError(
             "with_ema(step)",
@@ -445,7 +466,7 @@ def jit_step(step: Step[C, BatchT, OutT], *, like: Any = None, donate: bool = Tr
 
 def _shardings(like: Any) -> Any:
     strange = [
-        f"{path}: {describe(leaf)}"
+        f"{path}: {kind_of(leaf)}"
         for path, leaf in keyed_leaves(like, "like").items()
         if getattr(leaf, "sharding", None) is None
     ]

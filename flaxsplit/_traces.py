@@ -73,7 +73,7 @@ def _retraced(name: str, seen: list[dict[str, Any]], call: dict[str, Any], max_t
         cause = "the call differs from every earlier one, and JAX compiles for each"
         fix = "make the carry with init_carry, settle its state, keep batches of one shape; or a higher max_traces"
     else:
-        cause = "jax.jit was applied anew (a new function object per loop), its cache was cleared, or fn ran unjitted"
+        cause = "jax.jit was applied anew (a new function object per loop) or cleared, jax.config changed, or fn ran unjitted"
         fix = "step = jit_step(...) once, before the loop"
     return RetraceError(
         f"assert_max_traces({name}, max_traces={max_traces})",

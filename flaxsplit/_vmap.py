@@ -1,14 +1,16 @@
 """Run it many times at once: a stateful function per example becomes one over the batch."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
 from jax.custom_batching import custom_vmap
 
-from ._describe import describe, differences, keyed_leaves, wraps
+from ._describe import describe, differences, keyed_leaves, shorten, wraps
 from ._errors import CollectionError, SignatureError, StateDriftError, UnsyncedStateError
 from ._rngs import draw
+from ._split import check_halves
 from ._types import Axes, State, StatefulT, Tree
 
 
@@ -61,6 +63,7 @@ def vmap_stateful(
 
     @wraps(fn)
     def mapped(params: Tree, state: Tree, /, *args: Any, rngs: Any = None, **kwargs: Any) -> tuple[Any, State]:
+        check_halves("vmap_stateful(fn)", params, state)
         _check_unbound(axis_name)
         axes, arg_axes = _axes_of(state, state_axes), _per_argument(in_axes, args)
         size = axis_size or _lanes(params, params_axes, state, axes, args, arg_axes)
@@ -158,13 +161,15 @@ def _lanes(
             if axis is not None:
                 shape = getattr(leaf, "shape", ())
                 sizes[path] = (shape[axis] if -len(shape) <= axis < len(shape) else None, describe(leaf), axis)
-    found = {size for size, _, _ in sizes.values()}
+    often = Counter(size for size, _, _ in sizes.values())
+    found = set(often)
     if len(found) == 1 and None not in found:
         return int(found.pop() or 0)
+    odd_first = sorted(sizes.items(), key=lambda item: often[item[1][0]])
     raise SignatureError(
         "vmap_stateful(in_axes=...)",
         "all mapped axes must have one size",
-        [f"{path}: {words}, axis {axis}" for path, (_, words, axis) in sizes.items()] or ["no axis is mapped"],
+        [f"{path}: {words}, axis {axis}" for path, (_, words, axis) in odd_first] or ["no axis is mapped"],
         "the arguments are not of one batch, or one of them has no batch axis"
         if sizes
         else "every argument was passed by keyword, or in_axes is None",
@@ -185,12 +190,13 @@ def _check_unbound(axis_name: str | None) -> None:
     except NameError:
         return
     if axis_name is not None:
+        inner = f"inner_{axis_name}"
         raise SignatureError(
             "vmap_stateful(axis_name=...)",
             "the name must be free",
             [f"axis_name: {axis_name!r} is bound by an enclosing vmap, pmap or shard_map"],
             "vmap_stateful was applied twice with the same name",
-            f"vmap_stateful(fn, axis_name='inner'), and axis_name=({axis_name!r}, 'inner') in the layers",
+            f"vmap_stateful(fn, axis_name={inner!r}), and axis_name=({axis_name!r}, {inner!r}) in the layers",
         )
 
 
@@ -218,19 +224,33 @@ def _raise_unsynced(lane: Any, run: Any, axes: Tree, axis_name: str | None, ense
     jax.eval_shape(lambda: run(probed, 0))
     if not mapped:
         return
-    collection, *layers = mapped[0].removeprefix("state['").removesuffix("']").split("']['")
-    layer = "/".join(layers[:-1]) or "the model"
+    cause, fix = _cause_and_fix(mapped, axis_name, ensemble)
     raise UnsyncedStateError(
         "vmap_stateful(fn)",
         "state without an axis must come out the same in every lane",
         [f"{path}: differs per lane" for path in mapped],
-        "params_axes makes an ensemble, and every member has its own state"
-        if ensemble
-        else f"{layer} computes its statistics per lane: it lacks axis_name={axis_name!r}",
-        f"vmap_stateful(fn, params_axes=..., state_axes={{{collection!r}: 0}})"
-        if ensemble
-        else f"nn.BatchNorm(..., axis_name={axis_name!r}) in {layer}, or state_axes={{{collection!r}: 0}}",
+        cause,
+        fix,
     ) from error
+
+
+def _cause_and_fix(mapped: list[str], axis_name: str | None, ensemble: bool) -> tuple[str, str]:
+    places = [path.removeprefix("state['").removesuffix("']").split("']['") for path in mapped]
+    collections = list(dict.fromkeys(collection for collection, *_ in places))
+    axes = f"state_axes={{{', '.join(f'{name!r}: 0' for name in collections)}}}"
+    layers = shorten(list(dict.fromkeys("/".join(layers[:-1]) or "the model" for _, *layers in places)), 3)
+    who = ", ".join(layers)
+    if ensemble:
+        cause = "params_axes makes an ensemble, and every member has its own state"
+        return cause, f"vmap_stateful(fn, params_axes=..., {axes}), the state stacked like the params"
+    if collections != ["batch_stats"]:
+        cause = f"{who}: the value is computed per lane and not averaged over the axis"
+        return cause, f"jax.lax.pmean(value, {axis_name or 'batch'!r}) in {who}, or {axes} and a state with that axis"
+    if axis_name is None:
+        cause = f"{who}: the statistics are computed per lane, and axis_name=None leaves nothing to average them over"
+        return cause, f"vmap_stateful(fn, axis_name='batch') and nn.BatchNorm(..., axis_name='batch') in {who}"
+    cause = f"{who}: the statistics are computed per lane, for want of axis_name={axis_name!r}"
+    return cause, f"nn.BatchNorm(..., axis_name={axis_name!r}) in {who}, or {axes} and a state with that axis"
 
 
 def _probe(mapped: list[str], paths: list[str]) -> Any:
