@@ -55,7 +55,7 @@ def _owned(tree: T, name: str) -> T:
             "every leaf must be an array or a number",
             strange,
             "a function, a string, an abstract value or another object is in the tree",
-            "keep what does not change out of the carry, in the closure; jax.eval_shape(init, ...) for an abstract carry",
+            "keep what does not change in the closure of the step; for an abstract carry, jax.eval_shape of init_carry",
         )
     owned: T = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jax.typeof(leaf).dtype, copy=True), tree)
     return owned
@@ -64,9 +64,8 @@ def _owned(tree: T, name: str) -> T:
 def _is_numeric(leaf: Any) -> bool:
     if isinstance(leaf, jax.Array | bool | int | float | complex):
         return True
-    return (
-        isinstance(leaf, np.ndarray | np.generic) and jnp.dtype(leaf.dtype).kind not in "OSUMm"
-    )  # objects, strings, dates of NumPy
+    # neither objects, strings and dates of NumPy, nor jax.ShapeDtypeStruct
+    return isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind not in "OSUMm"
 
 
 def _placed(carry: Carry) -> Carry:
@@ -245,7 +244,8 @@ def _kind_of(changed: list[Difference]) -> str:
 def _cause_and_fix(name: str, changed: list[Difference]) -> tuple[str, str]:
     if name in ("params", "opt_state"):
         return f"tx gives {name} another form than it took", "init_carry(params, state, tx) with the tx of the step"
-    if [each.path for each in changed] == [name]:
+    kind = _kind_of(changed)
+    if kind == "structure" and [each.path for each in changed] == [name]:
         return "something else was returned where the new state is due: (loss, aux), new_state needs has_aux=True", (
             "return loss, new_state" if name == "state" else "return carry, out"
         )
@@ -262,4 +262,4 @@ def _cause_and_fix(name: str, changed: list[Difference]) -> tuple[str, str]:
             "the state is computed in another precision than it is kept in",
             "cast in fn, new.astype(old.dtype), or state = settle_state(fn, params, state, x)",
         ),
-    }[_kind_of(changed)]
+    }[kind]

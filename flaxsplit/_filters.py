@@ -58,7 +58,7 @@ def _chosen(trainable: Trainable, leaves: Mapping[Path, Any]) -> set[Path]:
         case Mapping():
             return _masked(trainable, leaves)
         case list() | tuple():
-            return set().union(*(_chosen(each, leaves) for each in trainable))
+            chosen = set().union(*(_chosen(each, leaves) for each in trainable))
         case _ if callable(trainable):
             chosen = {path for path, leaf in leaves.items() if trainable(joined(path), leaf)}
         case _:
@@ -79,12 +79,16 @@ def _nothing_chosen(trainable: Trainable, leaves: Mapping[Path, Any]) -> Collect
     branches = {joined(path[:end]) + "/*" for path in leaves for end in range(1, len(path))}
     asked = trainable if isinstance(trainable, str) else ""
     near = difflib.get_close_matches(asked, [*sorted(branches), *paths], n=3, cutoff=0.5)
-    shown = repr(trainable) if asked else "the predicate"
+    shown = repr(trainable) if asked else "the predicate" if callable(trainable) else f"an empty {describe(trainable)}"
     return CollectionError(
         "split_params(trainable=...)",
         "the filter must match at least one param",
         [f"{shown} matches none of {len(paths)}: {', '.join(map(repr, paths[:3]))}{', ...' if len(paths) > 3 else ''}"],
-        "a misspelt path" if asked else "the predicate takes (path, leaf), the path joined by '/'",
+        "a misspelt path"
+        if asked
+        else "the predicate takes (path, leaf), the path joined by '/'"
+        if callable(trainable)
+        else "the filters were lost on the way",
         f"did you mean {' or '.join(map(repr, near))}?" if near else "a glob on the '/'-joined path: 'head/*'",
     )
 

@@ -1,5 +1,6 @@
 """Run a function over the parts: an apply function becomes a stateful function."""
 
+import difflib
 import functools
 import re
 import warnings
@@ -153,6 +154,11 @@ def _mutable_names(mutable: Mutable, visible: Mapping[str, Any]) -> tuple[str, .
             "with_mutable(fn) makes every collection of the state mutable",
         )
         raise CollectionError("with_mutable(mutable=...)", "mutable collections must be in the state", got, cause, fix)
+    near = [close for name in unknown for close in difflib.get_close_matches(name, candidates, n=1)]
+    if near:
+        fix = f"did you mean {' and '.join(map(repr, near))}?"
+        cause = "a misspelt collection"
+        raise CollectionError("with_mutable(mutable=...)", "mutable collections must be in the state", got, cause, fix)
     if unknown:
         cause = "sown collections are not state, or the state lacks a collection"
         fix = f"with_mutable(fn, capture={unknown[0]!r}), or state | {{{unknown[0]!r}: ...}}"
@@ -224,6 +230,8 @@ def _not_mutable(sentence: str, names: tuple[str, ...], variables: Tree) -> Coll
 
 
 def _not_found(sentence: str, variables: Tree) -> CollectionError:
+    name = _collection_in(sentence)
+    absent = name not in variables
     return CollectionError(
         "with_mutable(fn)",
         "params and state must hold every variable that the model reads",
@@ -231,7 +239,7 @@ def _not_found(sentence: str, variables: Tree) -> CollectionError:
             sentence,
             *(f"{name}: {sorted(map(str, tree))}" for name, tree in variables.items() if isinstance(tree, Mapping)),
         ],
-        "params and state were swapped, a collection is missing, or they belong to another model",
+        f"the state has no {name!r}" if absent else "params and state belong to another model, or a part was lost",
         "params, state = split_params(module.init(key, x)); fn(params, state, x)",
     )
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._describe import differences, is_array, keyed_leaves, plain, same_structure, strong
+from ._describe import Difference, describe, differences, is_array, keyed_leaves, plain, same_structure, strong
 from ._errors import StateDriftError
 from ._types import State, Stateful, Tree
 
@@ -41,12 +41,12 @@ def settle_state(fn: Stateful[..., Any], params: Tree, state: Tree, /, *args: An
     for _ in range(_MOST_ROUNDS):
         before, now = now, _after(fn, params, now, args, kwargs)
         if not same_structure(before, now):
-            raise _unsettled(
-                before, now, "the structure must stay", "leaves come or go: sown values, or a cache made late"
-            )
+            changed = differences(before, now, "state")
+            raise _unsettled(changed, "the structure must stay", "leaves come or go: sown values, or a cache made late")
         if jax.tree.leaves(before) == jax.tree.leaves(now):
             return _reached(start, now)
-    raise _unsettled(before, now, "shapes must reach a fixed point", f"they still change after {_MOST_ROUNDS} rounds")
+    cause = f"they still change after {_MOST_ROUNDS} rounds: does each call append?"
+    raise _unsettled(differences(before, now, "state"), "shapes must reach a fixed point", cause)
 
 
 def _shape_of(leaf: Any) -> Any:
@@ -67,16 +67,14 @@ def _after(fn: Any, params: Any, state: Any, args: Any, kwargs: Any) -> State:
 
 
 def _reached(start: Any, end: Any) -> State:
-    stuck = {}
-    for (path, old), new in zip(keyed_leaves(start, "state").items(), jax.tree.leaves(end), strict=True):
-        old = _shape_of(old)
+    stuck = []
+    for (path, leaf), new in zip(keyed_leaves(start, "state").items(), jax.tree.leaves(end), strict=True):
+        old = _shape_of(leaf)
         if not _broadcastable(old.shape, new.shape) or not _castable(old.dtype, new.dtype):
-            stuck[path] = (old, new)
+            stuck.append(Difference(path, describe(old), describe(new)))
     if stuck:
-        before, after = ({path: pair[i] for path, pair in stuck.items()} for i in (0, 1))
         raise _unsettled(
-            before,
-            after,
+            stuck,
             "the state must reach its fixed point by broadcasting or casting",
             "the state was made for other shapes, or for numbers of another kind",
         )
@@ -104,12 +102,11 @@ def _brought(leaf: Any, to: Any) -> Any:
     )
 
 
-def _unsettled(before: Any, after: Any, required: str, cause: str) -> StateDriftError:
-    changed = [str(each) for each in differences(before, after, "state")]
+def _unsettled(changed: list[Difference], required: str, cause: str) -> StateDriftError:
     return StateDriftError(
         "settle_state(fn, params, state, ...)",
         required,
-        changed,
+        [str(each) for each in changed],
         cause,
         "make fn return every state leaf in the shape and dtype that it was given",
     )

@@ -129,6 +129,7 @@ def _params_of(variables: Any) -> Tree:
 
 def check_halves(where: str, params: Any, state: Any) -> None:
     """Recognises what is often passed for params and state: the two swapped, variables, or one of them forgotten."""
+    call = where if "params, state" in where else "fn(params, state, *args)"
     for name, half in (("params", params), ("state", state)):
         if not isinstance(half, Mapping):
             raise SignatureError(
@@ -136,7 +137,7 @@ def check_halves(where: str, params: Any, state: Any) -> None:
                 f"{name} must be a mapping",
                 [f"{name}: {describe(half)}"],
                 "params or state was forgotten, or the arguments are in another order",
-                "fn(params, state, *args)",
+                call,
             )
     if params and state and RESERVED.issuperset(params) and RESERVED.isdisjoint(state):
         raise CollectionError(
@@ -144,7 +145,7 @@ def check_halves(where: str, params: Any, state: Any) -> None:
             "params come first, then state",
             [f"params: {sorted(map(str, params))}", f"state: {sorted(map(str, state))}"],
             "params and state were swapped",
-            "fn(params, state, *args)",
+            call,
         )
     # other names beside 'params' are collections; else a module of the model is called 'params'
     if isinstance(params.get("params"), Mapping) and (RESERVED | set(state)).issuperset(params):

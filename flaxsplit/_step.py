@@ -79,7 +79,7 @@ def with_optimizer(
     As the update step of Flax's guide on managing params and state, in one word.
     """
     tx = optax.with_extra_args_support(tx)
-    _check_count("with_optimizer(microbatches=...)", microbatches)
+    _check_count("with_optimizer(loss_fn, tx, microbatches=...)", microbatches)
 
     @wraps(loss_fn, ("carry",), replaces=2)
     def step(carry: Carry, batch: Any) -> tuple[Carry, Any]:
@@ -166,7 +166,7 @@ def _split_batch(batch: Any, count: int) -> Any:
     ]
     if strange or not jax.tree.leaves(batch):
         raise SignatureError(
-            "with_optimizer(microbatches=...)",
+            "with_optimizer(loss_fn, tx, microbatches=...)",
             f"the leading axis of every batch leaf must be divisible by {count}",
             strange or ["no leaf in the batch"],
             "a ragged last batch, or a leaf without a batch axis",
@@ -203,7 +203,11 @@ def _averaged(tree: T, axis_name: AxisName | None) -> T:
 def _returned(result: Any, has_aux: bool) -> tuple[Any, Any]:
     form = "return (loss, aux), new_state" if has_aux else "return loss, new_state"
     if not isinstance(result, tuple) or len(result) != 2:
-        raise _misreturned("two things", [_form_of(result)], "the new state was not returned", form)
+        if isinstance(result, tuple) and len(result) > 2:
+            cause, form = "aux is beside the loss, not with it", "return (loss, aux), new_state, and has_aux=True"
+        else:
+            cause = "the new state was not returned"
+        raise _misreturned("two things", [_form_of(result)], cause, form)
     out, new_state = result
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         raise _misreturned(
@@ -211,11 +215,11 @@ def _returned(result: Any, has_aux: bool) -> tuple[Any, Any]:
         )
     loss = out[0] if has_aux else out
     if not has_aux and isinstance(loss, tuple):
-        cause = "loss_fn returns aux as well: with_optimizer(loss_fn, tx, has_aux=True)"
-        raise _misreturned("a scalar loss first", [f"out: {_form_of(loss)}"], cause, form)
+        fix = "with_optimizer(loss_fn, tx, has_aux=True)"
+        raise _misreturned("a scalar loss first", [f"out: {_form_of(loss)}"], "loss_fn returns aux as well", fix)
     if not _is_real_scalar(loss):
-        cause, reduced = _unlike_a_loss(loss)
-        fix = form.replace("loss", reduced, 1)
+        cause, loss_instead = _unlike_a_loss(loss)
+        fix = form.replace("loss", loss_instead, 1)
         raise _misreturned("a real scalar loss, f32[]", [f"loss: {_form_of(loss)}"], cause, fix)
     return out, new_state
 
@@ -228,11 +232,11 @@ def _unlike_a_loss(loss: Any) -> tuple[str, str]:
     if isinstance(loss, Mapping):
         return "loss and state were swapped", "loss"
     if not is_array(loss):
-        return "the loss does not come from the params, but from Python", "loss"
+        return "a Python object has no gradient", "jnp.mean(per_example)"
     if jnp.issubdtype(loss.dtype, jnp.complexfloating):
         return "the loss is complex", "jnp.abs(loss).mean()"
     if loss.shape == ():
-        return "the loss counts, and a count has no gradient", "loss, a float computed from the params"
+        return "a count or a truth value has no gradient", "jnp.mean(per_example)"
     return "the loss was not reduced to one number", "loss.mean()"
 
 

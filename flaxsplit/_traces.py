@@ -71,9 +71,9 @@ def _retraced(name: str, seen: list[dict[str, Any]], call: dict[str, Any], max_t
     changed = min((_changed(earlier, call) for earlier in seen), key=len)
     if changed:
         cause = "the call differs from every earlier one, and JAX compiles for each"
-        fix = "make the carry with init_carry, settle its state, keep batches of one shape; or a higher max_traces"
+        fix = _fix(changed) + "; or a higher max_traces, if each is meant"
     else:
-        cause = "jax.jit was applied anew (a new function object per loop) or cleared, jax.config changed, or fn ran unjitted"
+        cause = "jax.jit was applied anew to a new function object, its cache or jax.config changed, or fn ran unjitted"
         fix = "step = jit_step(...) once, before the loop"
     return RetraceError(
         f"assert_max_traces({name}, max_traces={max_traces})",
@@ -82,6 +82,17 @@ def _retraced(name: str, seen: list[dict[str, Any]], call: dict[str, Any], max_t
         cause,
         fix,
     )
+
+
+def _fix(changed: list[Difference]) -> str:
+    sides = [side for each in changed for side in (each.before, each.after)]
+    if not all("[" in side for side in sides):
+        return "keep the structure, and make static values, tx and functions once, outside the loop"
+    if any("(weak type)" in side for side in sides):
+        return "init_carry for the carry, jnp.asarray(value, dtype) for Python numbers"
+    if any("@" in side for side in sides):
+        return "jit_step(step, like=carry), and every batch put on the mesh alike"
+    return "drop or pad the ragged last batch, settle_state before init_carry"
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[Difference]:

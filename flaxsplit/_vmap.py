@@ -98,7 +98,7 @@ def vmap_stateful(
         try:
             out, new_rest = run(lane, (out_axes, rest_axes))
         except ValueError as error:
-            if "out_axes is None" in str(error):
+            if "out_axes" in str(error):  # its words depend on axis_name
                 _raise_unsynced(lane, run, rest_axes, axis_name, params_axes is not None, error)
             raise
         return out, new_rest | (held if untouched else {"rngs": advanced})
@@ -244,12 +244,12 @@ def _cause_and_fix(mapped: list[str], axis_name: str | None, ensemble: bool) -> 
         cause = "params_axes makes an ensemble, and every member has its own state"
         return cause, f"vmap_stateful(fn, params_axes=..., {axes}), the state stacked like the params"
     if collections != ["batch_stats"]:
-        cause = f"{who}: the value is computed per lane and not averaged over the axis"
-        return cause, f"jax.lax.pmean(value, {axis_name or 'batch'!r}) in {who}, or {axes} and a state with that axis"
+        cause = f"what is kept is computed per lane and not averaged over the axis, in {who}"
+        return cause, f"jax.lax.pmean(value, {axis_name or 'batch'!r}) there, or {axes} and a state with that axis"
     if axis_name is None:
-        cause = f"{who}: the statistics are computed per lane, and axis_name=None leaves nothing to average them over"
+        cause = f"the statistics of {who} are computed per lane: axis_name=None leaves nothing to average them over"
         return cause, f"vmap_stateful(fn, axis_name='batch') and nn.BatchNorm(..., axis_name='batch') in {who}"
-    cause = f"{who}: the statistics are computed per lane, for want of axis_name={axis_name!r}"
+    cause = f"{who} {'lacks' if len(layers) == 1 else 'lack'} axis_name={axis_name!r}: the statistics are per lane"
     return cause, f"nn.BatchNorm(..., axis_name={axis_name!r}) in {who}, or {axes} and a state with that axis"
 
 
