@@ -1596,8 +1596,8 @@ def test_retrace_for_nothing() -> None:
 
 def test_retrace_for_a_sharding_in_the_type() -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
-    whole, split = (jax.device_put(jnp.ones((8, 3)), NamedSharding(mesh, spec)) for spec in (P(), P("x")))
-    error = retraced((whole,), (split,))
+    unsplit, split = (jax.device_put(jnp.ones((8, 3)), NamedSharding(mesh, spec)) for spec in (P(), P("x")))
+    error = retraced((unsplit,), (split,))
     assert str(error) == whole("""
     assert_max_traces(step, max_traces=1): traced 2 times
       got:
