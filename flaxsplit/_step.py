@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import SingleDeviceSharding
 
 from ._carry import check_drift
 from ._describe import abstract, describe, differences, is_array, keyed_leaves, kind_of, same_structure, wraps
@@ -452,7 +453,8 @@ def jit_step(step: Step[C, BatchT, OutT], *, like: Any = None, donate: bool = Tr
     Args:
         step: a step over any pytree: a `Carry`, a `TrainState`.
         like: a carry whose shardings the carry that comes out is to have, so that on a mesh the second call hits the
-            first call's executable.
+            first call's executable. On one device all arguments are pinned to it: whether they are committed, as after
+            `jax.device_put`, no longer matters; without `like` JAX compiles once for each mixture of these.
         donate: whether the carry's buffers are reused. A carry can then be passed once: a second time JAX raises
             `RuntimeError: Array has been deleted`, in its own words, since nothing of ours runs at a dispatch.
 
@@ -463,9 +465,16 @@ def jit_step(step: Step[C, BatchT, OutT], *, like: Any = None, donate: bool = Tr
         SignatureError: a leaf of `like` has no sharding.
     """
     donated: Any = (0,) if donate else ()
-    pinned: Any = {} if like is None else {"out_shardings": (_shardings(like), None)}
+    pinned: Any = {} if like is None else _pinned(_shardings(like))
     jitted: Any = jax.jit(step, donate_argnums=donated, **pinned)
     return cast(JittedStep[C, BatchT, OutT], jitted)
+
+
+def _pinned(shardings: Any) -> dict[str, Any]:
+    places = set(jax.tree.leaves(shardings))
+    only = places.pop() if len(places) == 1 else None
+    out = {"out_shardings": (shardings, None)}
+    return {"in_shardings": only, **out} if isinstance(only, SingleDeviceSharding) else out
 
 
 def _shardings(like: Any) -> Any:

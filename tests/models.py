@@ -53,5 +53,60 @@ class Dropping(nn.Module):
         return nn.Dense(2, name="head")(x)
 
 
+class Coder(nn.Module):
+    """Two methods besides `__call__`, one of them written as setup."""
+
+    def setup(self):
+        self.encoder = nn.Dense(3)
+        self.norm = nn.BatchNorm(use_running_average=False)
+        self.decoder = nn.Dense(10)
+
+    def encode(self, x, scale: float = 1.0):
+        """Maps to the code."""
+        return self.norm(self.encoder(x)) * scale
+
+    def __call__(self, x):
+        """Maps there and back."""
+        return self.decoder(self.encode(x))
+
+
+class Block(nn.Module):
+    """A layer of carried `x`, for `nn.scan`."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        """Maps `x` to `x`."""
+        x = nn.BatchNorm(use_running_average=False)(nn.Dense(10)(x))
+        return x, None
+
+
+class Two(nn.Module):
+    """Writes two collections."""
+
+    @nn.compact
+    def __call__(self, x):
+        """Counts calls and examples."""
+        calls = self.variable("calls", "n", lambda: jnp.zeros((), jnp.int32))
+        examples = self.variable("examples", "n", lambda: jnp.zeros((), jnp.int32))
+        if not self.is_initializing():
+            if self.is_mutable_collection("calls"):
+                calls.value += 1
+            if self.is_mutable_collection("examples"):
+                examples.value += len(x)
+        return nn.Dense(1)(x)
+
+
+class Sowing(nn.Module):
+    """Sows an intermediate value and a loss."""
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps `[features]` to `[3]`."""
+        x = nn.BatchNorm(use_running_average=False)(nn.Dense(3)(x))
+        self.sow("intermediates", "hidden", x)
+        self.sow("losses", "l2", (x**2).sum())
+        return x
+
+
 X = jax.random.normal(jax.random.key(7), (32, 10))
 Y = jax.random.normal(jax.random.key(8), (32, 1))

@@ -11,7 +11,7 @@ import pytest
 
 import flaxsplit as fs
 
-from .models import MLP, Dropping, X
+from .models import MLP, Block, Coder, Dropping, Sowing, Two, X
 
 KEY = jax.random.key(0)
 
@@ -50,23 +50,6 @@ def test_every_way_to_apply_gives_the_same(way):
     assert (new_state["batch_stats"]["BatchNorm_0"]["mean"] != 0).any()
 
 
-class Coder(nn.Module):
-    """Two methods besides `__call__`, one of them written as setup."""
-
-    def setup(self):
-        self.encoder = nn.Dense(3)
-        self.norm = nn.BatchNorm(use_running_average=False)
-        self.decoder = nn.Dense(10)
-
-    def encode(self, x, scale: float = 1.0):
-        """Maps to the code."""
-        return self.norm(self.encoder(x)) * scale
-
-    def __call__(self, x):
-        """Maps there and back."""
-        return self.decoder(self.encode(x))
-
-
 CODER = Coder()
 CODER_VARIABLES = CODER.init(KEY, X)
 METHODS = {
@@ -84,16 +67,6 @@ def test_methods_other_than_call(how):
     expected, updated = CODER.apply(CODER_VARIABLES, X, method="encode", mutable=["batch_stats"])
     assert_equal(out, expected)
     assert_equal(new_state, plain(updated))
-
-
-class Block(nn.Module):
-    """A layer of carried `x`, for `nn.scan`."""
-
-    @nn.compact
-    def __call__(self, x, _):
-        """Maps `x` to `x`."""
-        x = nn.BatchNorm(use_running_average=False)(nn.Dense(10)(x))
-        return x, None
 
 
 LIFTED = {
@@ -132,22 +105,6 @@ def test_a_model_without_state():
     assert_equal(out, model.apply({"params": params}, X))
 
 
-class Two(nn.Module):
-    """Writes two collections."""
-
-    @nn.compact
-    def __call__(self, x):
-        """Counts calls and examples."""
-        calls = self.variable("calls", "n", lambda: jnp.zeros((), jnp.int32))
-        examples = self.variable("examples", "n", lambda: jnp.zeros((), jnp.int32))
-        if not self.is_initializing():
-            if self.is_mutable_collection("calls"):
-                calls.value += 1
-            if self.is_mutable_collection("examples"):
-                examples.value += len(x)
-        return nn.Dense(1)(x)
-
-
 @pytest.mark.parametrize(
     ("mutable", "expected"),
     [
@@ -177,18 +134,6 @@ def test_what_is_not_mutable_passes_through_untouched():
     assert new_state.keys() == state.keys()
     for name in ("params", "ema", "rngs"):
         assert new_state[name] is state[name]
-
-
-class Sowing(nn.Module):
-    """Sows an intermediate value and a loss."""
-
-    @nn.compact
-    def __call__(self, x):
-        """Maps `[features]` to `[3]`."""
-        x = nn.BatchNorm(use_running_average=False)(nn.Dense(3)(x))
-        self.sow("intermediates", "hidden", x)
-        self.sow("losses", "l2", (x**2).sum())
-        return x
 
 
 def test_captured_values_never_enter_the_state():

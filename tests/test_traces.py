@@ -1,0 +1,414 @@
+"""A step compiles exactly once: 20 steps in every situation that is known to compile again, counted."""
+
+import threading
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.core import freeze
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flaxsplit as fs
+
+from .models import MLP, BiasAdder, Block, Coder, Dropping, Sowing, Two, X, Y
+
+STEPS = 20
+KEY = jax.random.key(0)
+TX = optax.adam(1e-2)
+BATCH = (X, Y)
+MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def loss_of(apply):
+    """The loss function of a model, and of whatever it gives out."""
+
+    def loss_fn(params, state, batch):
+        out, state = apply(params, state, batch[0])
+        return sum((leaf**2).mean() for leaf in jax.tree.leaves(out)), state
+
+    return loss_fn
+
+
+def train_mlp(params, state, batch):
+    """The loss function of the guide's MLP."""
+    pred, state = fs.vmap_stateful(fs.with_mutable(MLP()))(params, state, batch[0], train=True)
+    return optax.l2_loss(pred, batch[1]).mean(), state
+
+
+def mlp():
+    """Params and state of the guide's MLP."""
+    return fs.split_params(MLP().init(KEY, X[0]))
+
+
+def types(carry):
+    """What must stay as it is: structure, shapes, dtypes, weak types and placement."""
+    kinds = [
+        (leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), leaf.sharding) for leaf in jax.tree.leaves(carry)
+    ]
+    return jax.tree.structure(carry), kinds
+
+
+def assert_once(step, carry, batches=(BATCH,), edit=lambda i, carry: carry, **options):
+    """Runs a step 20 times: one trace, one compile, and the carry goes on as it came."""
+    given = types(carry)
+    name = step.__name__
+    jitted = fs.jit_step(fs.assert_max_traces(step), **options)
+    with fs.compile_log() as log:
+        for i in range(STEPS):
+            carry, _ = jitted(edit(i, carry), batches[i % len(batches)])
+    assert (log.traces[name], log.compiles[name]) == (1, 1), str(log)
+    assert int(carry.step) == STEPS
+    assert types(carry) == given
+    return carry
+
+
+def scanned(model):
+    """Stacks layers by `nn.scan`."""
+    return nn.scan(model, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=3)()
+
+
+def widened(model):
+    """An ensemble by `nn.vmap`."""
+    axes = {"params": 0, "batch_stats": 0}
+    return nn.vmap(model, variable_axes=axes, split_rngs={"params": True}, in_axes=None, axis_size=3)()
+
+
+def on_batch(model):
+    """A model that takes the batch."""
+    return fs.with_mutable(model), model.init(KEY, X)
+
+
+def on_example(model):
+    """A model that takes one example."""
+    return fs.with_rngs(fs.vmap_stateful(fs.with_mutable(model))), model.init(KEY, X[0], train=False)
+
+
+MODELS: dict[str, Any] = {
+    "Dropping": lambda: on_example(Dropping()),
+    "Coder": lambda: on_batch(Coder()),
+    "nn.jit": lambda: on_batch(nn.jit(Coder)()),
+    "nn.remat": lambda: on_batch(nn.remat(Coder)()),
+    "nn.vmap": lambda: on_batch(widened(Coder)),
+    "nn.scan": lambda: (
+        lambda params, state, x: fs.with_mutable(scanned(Block))(params, state, x, None),
+        scanned(Block).init(KEY, X, None),
+    ),
+    "Two": lambda: on_batch(Two()),
+    "Dense": lambda: on_batch(nn.Dense(3)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model(name):
+    apply, variables = MODELS[name]()
+    params, state = fs.split_params(variables)
+    state |= fs.rng_state(dropout=jax.random.key(1)) if name == "Dropping" else {}
+    assert_once(fs.with_optimizer(loss_of(apply), TX), fs.init_carry(params, state, TX))
+
+
+def test_steady_state():
+    assert_once(fs.with_optimizer(train_mlp, TX), fs.init_carry(*mlp(), TX))
+
+
+def test_the_guides_drift_after_settle_state():
+    apply, x = fs.with_mutable(BiasAdder()), jnp.ones((10, 5))
+    params, state = fs.split_params(BiasAdder().init(KEY, x))
+    with pytest.raises(fs.StateDriftError):
+        fs.with_optimizer(loss_of(apply), TX)(fs.init_carry(params, state, TX), (x,))
+    settled = fs.settle_state(apply, params, state, x)
+    assert_once(fs.with_optimizer(loss_of(apply), TX), fs.init_carry(params, settled, TX), [(x,)])
+
+
+def test_python_scalars_in_the_state():
+    def loss_fn(params, state, batch):
+        return (params["w"] * batch).sum(), {"mine": {"n": state["mine"]["n"] + 1, "rate": state["mine"]["rate"] * 0.5}}
+
+    state = {"mine": {"n": 0, "rate": 1.0}}
+    carry = assert_once(fs.with_optimizer(loss_fn, TX), fs.init_carry({"w": 2.0}, state, TX), [np.ones(3, np.float32)])
+    assert int(carry.state["mine"]["n"]) == STEPS
+
+
+def test_python_scalars_that_the_loss_function_returns():
+    def loss_fn(params, state, batch):
+        return (params["w"] * batch).sum(), {"mine": {"n": 1, "rate": 0.5}}
+
+    carry = fs.init_carry({"w": jnp.ones(3)}, {"mine": {"n": 0, "rate": 1.0}}, TX)
+    assert_once(fs.with_optimizer(loss_fn, TX), carry, [np.ones(3, np.float32)])
+
+
+def test_bf16_compute_with_f32_state():
+    model = nn.Sequential([nn.Dense(8, dtype=jnp.bfloat16), nn.BatchNorm(False, dtype=jnp.bfloat16)])
+    apply, variables = on_batch(model)
+    carry = fs.init_carry(*fs.split_params(variables), TX)
+    assert {leaf.dtype for leaf in jax.tree.leaves(carry.state)} == {np.dtype("float32")}
+    assert_once(fs.with_optimizer(loss_of(apply), TX), carry, [(X.astype(jnp.bfloat16),)])
+
+
+@pytest.mark.parametrize("frozen", ["variables", "halves", "by the model"])
+def test_frozen_dicts(frozen):
+    variables = MLP().init(KEY, X[0])
+    halves = fs.split_params(freeze(variables))
+    params, state = map(freeze, halves) if frozen == "halves" else halves
+
+    def loss_fn(params, state, batch):
+        loss, state = train_mlp(params, state, batch)
+        return loss, freeze(state) if frozen == "by the model" else state
+
+    if frozen == "by the model":  # another structure than went in: said, not compiled again
+        with pytest.raises(fs.StateDriftError):
+            fs.with_optimizer(loss_fn, TX)(fs.init_carry(params, state, TX), BATCH)
+        return
+    assert_once(fs.with_optimizer(loss_fn, TX), fs.init_carry(params, state, TX))
+
+
+def test_a_fresh_apply_and_an_equal_new_module_per_loop():
+    def loss_fn(params, state, batch):
+        pred, state = fs.vmap_stateful(fs.with_mutable(MLP().apply))(params, state, batch[0], train=True)
+        return optax.l2_loss(pred, batch[1]).mean(), state
+
+    step = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(loss_fn, TX)))
+    with fs.compile_log() as log:
+        for seed in range(4):
+            model = MLP()  # what a new loop makes anew: module, params, carry. None of it is static in the step
+            carry = fs.init_carry(*fs.split_params(model.init(jax.random.key(seed), X[0])), TX)
+            for _ in range(STEPS // 4):
+                carry, _ = step(carry, BATCH)
+    assert (log.traces["loss_fn"], log.compiles["loss_fn"]) == (1, 1)
+
+
+def test_train_and_eval_alternating():
+    @fs.assert_max_traces
+    def evaluate(params, state, x):
+        return fs.vmap_stateful(fs.with_mutable(MLP(), mutable=False))(params, state, x)[0]
+
+    step, evaluate = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(train_mlp, TX))), jax.jit(evaluate)
+    carry = fs.init_carry(*mlp(), TX)
+    with fs.compile_log() as log:
+        for _ in range(STEPS):
+            carry, _ = step(carry, BATCH)
+            evaluate(carry.params, carry.state, X)
+    for name in ("train_mlp", "evaluate"):
+        assert (log.traces[name], log.compiles[name]) == (1, 1)
+
+
+def test_sown_intermediates():
+    apply = fs.with_mutable(Sowing(), capture=("intermediates", "losses"))
+    params, state = fs.split_params(Sowing().init(KEY, X))
+    state.pop("losses")  # what init sowed
+    carry = assert_once(fs.with_optimizer(loss_of(apply), TX), fs.init_carry(params, state, TX))
+    assert carry.state.keys() == {"batch_stats"}
+
+
+def test_a_restored_checkpoint():
+    def through_a_file(i, carry):
+        if i not in (5, 11):
+            return carry
+        numpy = jax.tree.map(np.asarray, tuple(carry))
+        return fs.adopt_carry({"step": numpy[0], "params": numpy[1], "state": numpy[2], "opt_state": numpy[3]}, carry)
+
+    assert_once(fs.with_optimizer(train_mlp, TX), fs.init_carry(*mlp(), TX), edit=through_a_file)
+
+
+@pytest.mark.parametrize("how", ["adopt_carry", "jit_step like"])
+def test_a_learning_rate_changed_through_inject_hyperparams(how):
+    tx = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
+    start = fs.init_carry(*mlp(), tx)
+
+    def changed(i, carry):
+        old = carry.opt_state
+        rate = 0.1 / (i + 1) if how == "adopt_carry" else jnp.asarray(0.1 / (i + 1))
+        new = carry._replace(opt_state=old._replace(hyperparams={"learning_rate": rate}))
+        return fs.adopt_carry(new, carry) if how == "adopt_carry" else new
+
+    options = {"like": start} if how == "jit_step like" else {}
+    carry = assert_once(fs.with_optimizer(train_mlp, tx), start, edit=changed, **options)
+    assert float(carry.opt_state.hyperparams["learning_rate"]) == pytest.approx(0.1 / STEPS)
+
+
+HERE = jax.devices()[0]
+PLACES = {
+    "numpy": jax.device_get,
+    "uncommitted": lambda tree: jax.tree.map(jnp.asarray, jax.device_get(tree)),
+    "committed": lambda tree: jax.device_put(tree, HERE),
+}
+
+
+@pytest.mark.parametrize("batch", PLACES)
+@pytest.mark.parametrize("params", PLACES)
+def test_committed_and_uncommitted_inputs(params, batch):
+    carry = fs.init_carry(*PLACES[params](mlp()), TX)
+    assert_once(fs.with_optimizer(train_mlp, TX), carry, [PLACES[batch](BATCH)])
+
+
+def test_numpy_batches_and_jax_batches_in_turn():
+    batches = [PLACES["numpy"](BATCH), PLACES["uncommitted"](BATCH)]
+    assert_once(fs.with_optimizer(train_mlp, TX), fs.init_carry(*mlp(), TX), batches)
+
+
+def test_committed_and_uncommitted_batches_in_turn():
+    carry, batches = fs.init_carry(*mlp(), TX), [place(BATCH) for place in PLACES.values()]
+    assert_once(fs.with_optimizer(train_mlp, TX), carry, batches, like=carry)
+
+
+def test_params_put_on_a_device_by_hand():
+    params, state = mlp()
+    carry = fs.init_carry(jax.device_put(params, jax.devices()[3]), state, TX)
+    carry = assert_once(fs.with_optimizer(train_mlp, TX), carry, [jax.device_get(BATCH)])
+    assert {device.id for leaf in jax.tree.leaves(carry) for device in leaf.devices()} == {3}
+
+
+@pytest.mark.parametrize("spec", [P(), P("data")], ids=["replicated", "fsdp"])
+def test_params_on_a_mesh(spec):
+    def place(leaf):
+        return jax.device_put(leaf, NamedSharding(MESH, spec if leaf.ndim and leaf.shape[0] % 8 == 0 else P()))
+
+    params, state = mlp()
+    carry = fs.init_carry(jax.tree.map(place, params), state, TX)
+    batch = jax.device_put(BATCH, NamedSharding(MESH, P("data")))
+    carry = assert_once(fs.with_optimizer(train_mlp, TX), carry, [batch], like=carry)
+    assert carry.params["Dense_1"]["kernel"].sharding.spec == spec
+    assert carry.opt_state[0].mu["Dense_1"]["kernel"].sharding.spec == spec
+
+
+def test_what_the_loop_by_hand_does_on_a_mesh():
+    """The reason for `init_carry` and `like`: without them, the usual loop compiles twice there."""
+    params, state = jax.device_put(mlp(), NamedSharding(MESH, P()))
+    batch = jax.device_put(BATCH, NamedSharding(MESH, P("data")))
+    step = jax.jit(fs.with_optimizer(train_mlp, TX), donate_argnums=0)
+    carry = fs.Carry(jnp.int32(0), params, state, TX.init(params))
+    with fs.compile_log() as log:
+        for _ in range(STEPS):
+            carry, _ = step(carry, batch)
+    assert log.compiles["train_mlp"] == 2
+
+
+STACKED = jax.tree.map(lambda leaf: jnp.stack([leaf] * STEPS), BATCH)
+
+
+def test_a_scan_and_an_average_and_microbatches():
+    params, state = mlp()
+    carry = fs.init_carry(params, state | {"ema": params}, TX)
+    step = fs.with_ema(fs.with_optimizer(train_mlp, TX, microbatches=4), decay=0.9)
+    jitted = fs.jit_step(fs.assert_max_traces(fs.scan_steps(step)))
+    with fs.compile_log() as log:
+        for _ in range(3):
+            carry, _ = jitted(carry, STACKED)
+    assert log.compiles["train_mlp"] == 1
+    assert int(carry.step) == 3 * STEPS
+
+
+# What keeps the carry apart from others', and small
+
+
+def buffers(tree):
+    """Where every leaf lies in memory."""
+    return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)]
+
+
+def test_an_average_never_aliases_the_params():
+    params, state = mlp()
+    carry = fs.init_carry(params, state | {"ema": params}, TX)
+    step = fs.jit_step(fs.with_ema(fs.with_optimizer(train_mlp, TX), decay=0.9))
+    for _ in range(STEPS):
+        every = buffers(carry)
+        assert len(set(every)) == len(every)
+        carry, _ = step(carry, BATCH)
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), carry.params, carry.state["ema"])))
+
+
+def test_memory_grows_with_the_microbatch():
+    width, size = 256, 4096
+
+    def loss_fn(params, state, x):
+        for _ in range(3):
+            x = jnp.tanh(x @ params["w"])
+        return x.mean(), state
+
+    tx = optax.sgd(0.1)
+    carry, batch = fs.init_carry({"w": jnp.ones((width, width))}, {}, tx), jnp.ones((size, width))
+
+    def temporary(microbatches, batch):
+        step = fs.jit_step(fs.with_optimizer(loss_fn, tx, microbatches=microbatches))
+        return step.lower(carry, batch).compile().memory_analysis().temp_size_in_bytes
+
+    whole, parts, small = temporary(1, batch), temporary(16, batch), temporary(1, batch[: size // 16])
+    accumulator = width * width * 4
+    assert parts < whole / 4
+    assert parts < small + 4 * accumulator
+
+
+# compile_log, and what assert_max_traces counts
+
+
+def new_function(name="doubled"):
+    """A function that JAX has not seen: its caches go by identity."""
+
+    def doubled(x):
+        return 2 * x
+
+    doubled.__name__ = name
+    return doubled
+
+
+def test_a_log_of_nothing():
+    jitted, x = jax.jit(new_function()), jnp.ones(3)
+    jitted(x)
+    with fs.compile_log() as log:
+        jitted(x)
+    assert not log.traces
+    assert not log.compiles
+    assert str(log) == "traces   seconds compiles    seconds  function"
+
+
+def test_logs_nest():
+    x = jnp.ones(3)
+    with fs.compile_log() as outer:
+        jax.jit(new_function("first"))(x)
+        with fs.compile_log() as inner:
+            jax.jit(new_function("second"))(x)
+        jax.jit(new_function("third"))(x)
+    assert outer.compiles == outer.traces == {"first": 1, "second": 1, "third": 1}
+    assert inner.compiles == inner.traces == {"second": 1}
+    assert 0 < inner.compile_seconds["second"] == outer.compile_seconds["second"]
+    assert 0 < inner.trace_seconds["second"] == outer.trace_seconds["second"]
+    assert str(inner).splitlines()[1].split()[0::2] == ["1", "1", "second"]
+
+
+def test_a_log_is_closed_by_an_exception_too():
+    x = jnp.ones(3)
+    with pytest.raises(ZeroDivisionError), fs.compile_log() as log:
+        raise ZeroDivisionError
+    jax.jit(new_function())(x)
+    assert not log.traces
+    assert not log.compiles
+
+
+def test_a_log_counts_every_thread():
+    x, barrier = jnp.ones(3), threading.Barrier(4)
+
+    def work(name):
+        barrier.wait()
+        jax.jit(new_function(name))(x)
+
+    names = ["a", "b", "c", "d"]
+    with fs.compile_log() as log:
+        threads = [threading.Thread(target=work, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert log.compiles == log.traces == dict.fromkeys(names, 1)
+
+
+def test_more_traces_are_allowed_where_they_are_meant():
+    jitted = jax.jit(fs.assert_max_traces(new_function(), 2))
+    jitted(jnp.ones(3))
+    jitted(jnp.ones(4))
+    jitted(jnp.ones(3))
+    with pytest.raises(fs.RetraceError, match=r"traced 3 times"):
+        jitted(jnp.ones(5))
