@@ -314,7 +314,7 @@ def with_ema(step: Step[Carry, BatchT, OutT], *, decay: float | Callable[[Any], 
         raise SignatureError(
             "with_ema(decay=...)",
             "a number between 0 and 1, or a schedule",
-            [f"decay: {decay!r}" if isinstance(decay, int | float) else f"decay: {describe(decay)}"],
+            [f"decay: {_number(decay)}"],
             "1 - decay was passed, or a percentage",
             "with_ema(step, decay=0.999)",
         )
@@ -331,6 +331,11 @@ def with_ema(step: Step[Carry, BatchT, OutT], *, decay: float | Callable[[Any], 
         return new_carry._replace(state={**new_carry.state, "ema": new_ema}), out
 
     return averaging
+
+
+def _number(value: Any) -> str:
+    """Says an option as it was written, if it is a number: it is no value of the user's data."""
+    return repr(value) if isinstance(value, int | float) else describe(value)
 
 
 def _is_fraction(decay: Any) -> bool:

@@ -51,7 +51,7 @@ class Carry(NamedTuple):
     """
 
     step: Counter
-    params: Params
+    params: Any  # nested dicts; Any, since what `optax.apply_updates` returns is typed as any tree at all
     state: State
     opt_state: optax.OptState
 

@@ -1,0 +1,220 @@
+"""How everything here is measured: warm, interleaved in random order, blocking; medians, quartiles, paired ratios."""
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+import numpy as np
+from scipy import stats
+
+HAND, AGAIN, OURS = "by hand", "by hand, again", "flaxsplit"
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "jaxtyping", "typeguard", "numpy", "equinox", "dm-haiku")
+
+Run = Callable[[], Any]
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard to look: `smoke` proves that a benchmark runs, `quick` shows a ratio, `full` is for the record."""
+
+    name: str
+    rounds: int
+
+    def of(self, *, smoke: Iterable[Any], quick: Iterable[Any], full: Iterable[Any]) -> list[Any]:
+        """Chooses the sizes to measure."""
+        return [*{"smoke": smoke, "quick": quick, "full": full}[self.name]]
+
+
+EFFORTS = {name: Effort(name, rounds) for name, rounds in (("smoke", 3), ("quick", 40), ("full", 300))}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a claim: the samples of each contender, in seconds, bytes or counts.
+
+    Attributes:
+        bounds: how many times the baseline a contender may take, by the design.
+        x: where the line stands in a plot, in the unit that the claim varies.
+    """
+
+    case: str
+    unit: str
+    samples: Mapping[str, list[float]]
+    baseline: str = HAND
+    bounds: Mapping[str, float] = field(default_factory=dict)
+    x: float | None = None
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median of paired ratios to the baseline, with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        interval = f" [{self.low:.3f}, {self.high:.3f}]" if self.low != self.high else ""
+        return f"{self.value:.3f}{interval}"
+
+
+@dataclass
+class Result:
+    """What a claim's run is stored as."""
+
+    claim: str
+    statement: str
+    rows: list[Row]
+    effort: str
+    about: dict[str, Any] = field(default_factory=lambda: about())
+
+
+def timed(
+    case: str,
+    contenders: Mapping[str, Run],
+    effort: Effort,
+    tell: Tell,
+    *,
+    per: int = 1,
+    baseline: str = HAND,
+    bounds: Mapping[str, float] | None = None,
+    x: float | None = None,
+) -> Row:
+    """Runs each contender once per round, blocking on what it returns; seconds per each of the `per` things it does."""
+    samples = {name: list[float]() for name in contenders}
+    for name in [*contenders] * 2:
+        jax.block_until_ready(contenders[name]())
+    for name in in_turn(contenders, effort.rounds, lambda round_: tell(f"{case}: {round_}")):
+        began = time.perf_counter()
+        jax.block_until_ready(contenders[name]())
+        samples[name].append((time.perf_counter() - began) / per)
+    return Row(case, "s", samples, baseline, bounds or {}, x)
+
+
+def in_turn(names: Iterable[str], rounds: int, tell: Tell) -> Iterator[str]:
+    """Every name once per round, in an order that chance draws anew."""
+    order, chance = [*names], random.Random(0)  # noqa: S311 (an order, not a secret)
+    for i in range(rounds):
+        tell(f"round {i + 1} of {rounds}")
+        chance.shuffle(order)
+        yield from order
+
+
+def ratios(row: Row) -> dict[str, Ratio]:
+    """Each contender against the baseline, round by round, so that what slows a whole round cancels."""
+    base = np.array(row.samples[row.baseline])
+    return {name: _ratio(np.array(each) / base) for name, each in row.samples.items() if name != row.baseline}
+
+
+def _ratio(paired: np.ndarray) -> Ratio:
+    value = float(np.median(paired))
+    if len(paired) < 3 or np.ptp(paired) == 0:
+        return Ratio(value, float(paired.min()), float(paired.max()))
+    found = stats.bootstrap((paired,), np.median, n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
+    return Ratio(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+def verdict(row: Row) -> str:
+    """Whether each bounded contender keeps to its bound; where the interval holds the bound, that is said."""
+    found, said = ratios(row), []
+    for name, bound in row.bounds.items():
+        if name in found:
+            ratio = found[name]
+            word = "holds" if ratio.high <= bound else "broken" if ratio.low > bound else "not decided by this run"
+            said.append(f"at most {bound:g}: {word}")
+    noise = found.get(AGAIN)
+    if said and noise and OURS in found and max(noise.low, found[OURS].low) <= min(noise.high, found[OURS].high):
+        said.append("difference inside the noise")
+    return "; ".join(said)
+
+
+def quartiles(samples: Iterable[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    low, middle, high = np.percentile([*samples], [25, 50, 75])
+    return float(low), float(middle), float(high)
+
+
+def about() -> dict[str, Any]:
+    """Versions, device and commit: what a number means nothing without."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "versions": dict(_versions()),
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processor": _processor(),
+        "cores": _cores(),
+    }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in LIBRARIES:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            yield name, "absent"
+
+
+def memory_of(jitted: Any, *args: Any) -> Any:
+    """XLA's own account of the bytes that a jitted function needs."""
+    return jitted.lower(*args).compile().memory_analysis()
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],  # noqa: S607
+            cwd=pathlib.Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def folder_name() -> str:
+    """The device as the name of a folder: `cpu`, `nvidia-h100-80gb-hbm3`."""
+    return re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
+
+
+def store(result: Result, folder: pathlib.Path) -> pathlib.Path:
+    """Writes a result, every sample of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result.claim}.json"
+    rounded = json.loads(json.dumps(asdict(result)), parse_float=lambda text: float(f"{float(text):.6g}"))
+    path.write_text(json.dumps(rounded, indent=1) + "\n")
+    return path
+
+
+def load(path: pathlib.Path) -> Result:
+    """Reads what `store` wrote."""
+    stored = json.loads(path.read_text())
+    return Result(**{**stored, "rows": [Row(**row) for row in stored["rows"]]})

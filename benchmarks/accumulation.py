@@ -1,0 +1,32 @@
+"""Gradients accumulated over n microbatches need the memory of one microbatch, and the time of the whole batch.
+
+Memory as XLA assigns it, exact; time against `microbatches=1`.
+"""
+
+from collections.abc import Iterator
+
+import optax
+
+import flaxsplit as fs
+
+from ._measure import Effort, Row, Tell, memory_of, timed
+from ._models import DenseNorm, Stepper, batch_of, copy, ours, start
+
+WHOLE = "1 microbatch"
+
+
+def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
+    """The same batch in 1, 2, 4, ... parts."""
+    tx, batch = optax.sgd(1e-2), batch_of(2048, 128)
+    model = DenseNorm(width=128)
+    carry = start(model, tx, batch[0])
+    counts = effort.of(smoke=[1, 2], quick=[1, 4, 16], full=[1, 2, 4, 8, 16, 32, 64])
+    names = {n: WHOLE if n == 1 else f"{n} microbatches" for n in counts}
+    steps = {n: fs.jit_step(ours(model, tx, microbatches=n)) for n in counts}
+    memory = {}
+    for n, step in steps.items():
+        tell(names[n])
+        memory[names[n]] = [float(memory_of(step, carry, batch).temp_size_in_bytes)]
+    yield Row("temporary memory", "bytes", memory, WHOLE)
+    contenders = {names[n]: Stepper(step, copy(carry), batch) for n, step in steps.items()}
+    yield timed("time of a step", contenders, effort, tell, baseline=WHOLE)
