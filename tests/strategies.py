@@ -8,13 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.core import FrozenDict
+from hypothesis import settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 SHARDED = NamedSharding(MESH, PartitionSpec("data"))
-NAMES = ["Dense_0", "kernel", "bias", "a", "ß", "0", "head"]
+NAMES = ["Dense_0", "kernel", "bias", "a", "ß", "0", "head", "Head"]
+DEEPER = [*NAMES, "params", "batch_stats"]  # right below the collection these read as variables passed by mistake
 COLLECTIONS = ["batch_stats", "cache", "ema", "mine"]
+
+
+def examples(count):
+    """As `settings(max_examples=count)`, but the profile `deep` multiplies it."""
+    return settings(max_examples=max(count, count * settings().max_examples // 25))
 
 
 class CustomMapping(Mapping):
@@ -33,30 +40,50 @@ class CustomMapping(Mapping):
         return len(self._items)
 
 
-LEAVES = [
+LOCAL = [
     jnp.arange(3.0),
     jnp.ones((2, 2), jnp.bfloat16),
+    jnp.full((1, 3), 0.5, jnp.float16),
+    jnp.array([1 + 2j, 3j]),
     jnp.int32(3),
+    jnp.arange(4, dtype=jnp.uint8),
     jnp.array([True, False]),
+    jnp.zeros((0, 2)),
     jax.random.key(0),
+    jax.random.split(jax.random.key(2, impl="rbg"), 2),
     jax.random.PRNGKey(1),
-    np.float32(1.5) * np.ones(2, np.float32),
-    jax.device_put(jnp.arange(8.0), SHARDED),
-    nn.Partitioned(jnp.ones((2, 3)), names=("in", "out")),
-    nn.LogicallyPartitioned(jnp.zeros(4), names=("embed",)),
+    np.full(2, 1.5, np.float32),
+    nn.Partitioned(jnp.ones((2, 3)), names=("in", None)),
+    nn.Partitioned(jnp.ones(5, jnp.bfloat16), names=("data",), mesh=MESH),
+    nn.LogicallyPartitioned(jnp.zeros(4), names=("embed",), rules=(("embed", "data"),)),
+    nn.LogicallyPartitioned(jax.random.key(3), names=()),
     (jnp.ones(1), jnp.zeros(2)),  # as sown values are kept
+]
+PLACED = [
+    jax.device_put(jnp.arange(8.0), SHARDED),
+    jax.device_put(jnp.arange(16, dtype=jnp.int32).reshape(8, 2), SHARDED),
+    jax.device_put(jnp.ones(3, jnp.bfloat16), NamedSharding(MESH, PartitionSpec())),
+    nn.Partitioned(jax.device_put(jnp.ones((8, 1)), SHARDED), names=("data", None), mesh=MESH),
 ]
 
 
 def leaves():
-    """One leaf of any kind. They are shared: what is equal but not the same object would be a copy."""
-    return st.sampled_from(LEAVES)
+    """One leaf of any kind, on one device or on a mesh."""
+    return st.sampled_from([*LOCAL, *PLACED])
+
+
+def floats():
+    """One leaf that can be optimized."""
+    return st.tuples(st.integers(0, 3), st.floats(-2, 2, width=16)).map(lambda pair: jnp.full(*pair, jnp.float32))
 
 
 def trees(leaf=None, names=NAMES, max_leaves=8):
     """Nested dicts of any depth, empty branches included."""
-    branch = lambda child: st.dictionaries(st.sampled_from(names), child, max_size=4)  # noqa: E731
-    return branch(st.recursive(leaf if leaf is not None else leaves(), branch, max_leaves=max_leaves))
+
+    def branch(child, names=DEEPER):
+        return st.dictionaries(st.sampled_from(names), child, max_size=4)
+
+    return branch(st.recursive(leaf if leaf is not None else leaves(), branch, max_leaves=max_leaves), names)
 
 
 def variables(leaf=None):
@@ -66,15 +93,17 @@ def variables(leaf=None):
 
 
 def dressed(tree, kind):
-    """The same tree as FrozenDict, as a custom Mapping, or as it is."""
-    if kind is FrozenDict:
-        return FrozenDict(tree)
-    if kind is CustomMapping:
-        return CustomMapping({k: dressed(v, kind) if isinstance(v, dict) else v for k, v in tree.items()})
-    return tree
+    """The same tree as FrozenDict, as a custom Mapping, or as plain dicts of its own."""
+    own = {key: dressed(value, kind) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    return own if kind is dict else kind(own)
 
 
-KINDS = st.sampled_from([dict, FrozenDict, CustomMapping])
+KINDS = [dict, FrozenDict, CustomMapping]
+
+
+def kinds():
+    """One of the mappings that variables may come in."""
+    return st.sampled_from(KINDS)
 
 
 def flat(tree, path=()):
@@ -86,44 +115,107 @@ def flat(tree, path=()):
     return found
 
 
-@st.composite
-def trainables(draw, params):
-    """A `trainable` of every kind that matches something in `params`."""
-    paths = sorted(flat(params))
-    if not paths:
-        return None
-    chosen = draw(st.sets(st.sampled_from(paths), min_size=1))
-    joined = {"/".join(path) for path in chosen}
-    one = "/".join(draw(st.sampled_from(paths)))
-    kind = draw(st.sampled_from(["none", "glob", "predicate", "mask", "prefix", "list"]))
-    mask = {}
-    for path in paths:
-        branch = mask
+def nested(leaves):
+    """The plain dicts that hold these leaves at these paths."""
+    tree = {}
+    for path, leaf in leaves.items():
+        branch = tree
         for key in path[:-1]:
             branch = branch.setdefault(key, {})
-        branch[path[-1]] = path in chosen
-    return {
-        "none": None,
-        "glob": one[: len(one) // 2 + 1].replace("[", "?") + "*",
-        "predicate": lambda path, leaf: path in joined,
-        "mask": mask,
-        "prefix": {name: True for name in params if flat({name: params[name]} if isinstance(params, dict) else {})},
-        "list": [one, lambda path, leaf: path in joined],
-    }[kind]
+        branch[path[-1]] = leaf
+    return tree
 
 
-def optimizers():
-    """The optimizers of the design's laws, by name."""
-    return {
-        "sgd": optax.sgd(0.1),
-        "momentum": optax.sgd(0.1, momentum=0.9),
-        "adam": optax.adam(1e-2),
-        "adamw": optax.adamw(1e-2),
-        "lion": optax.lion(1e-3),
-        "clip": optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1)),
-        "MultiSteps": optax.MultiSteps(optax.adam(1e-2), every_k_schedule=2).gradient_transformation(),
-        "inject_hyperparams": optax.inject_hyperparams(optax.adam)(learning_rate=1e-2),
-        "reduce_on_plateau": optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1, cooldown=1)),
-        "masked": optax.masked(optax.adam(1e-2), lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)),
-        "apply_if_finite": optax.apply_if_finite(optax.adam(1e-2), max_consecutive_errors=2),
-    }
+@st.composite
+def prefixes(draw, tree):
+    """A tree of bools of which one may stand for a whole branch, with at least one True, and what it chooses."""
+
+    def grown(branch, path):
+        mask, chosen = {}, set()
+        for key, value in branch.items():
+            below = flat(value, (*path, key)) if isinstance(value, Mapping) else {(*path, key): value}
+            if not below:
+                continue
+            if isinstance(value, Mapping) and draw(st.booleans()):
+                mask[key], deeper = grown(value, (*path, key))
+                chosen |= deeper
+            else:
+                mask[key] = draw(st.booleans())
+                chosen |= below.keys() if mask[key] else set()
+        return mask, chosen
+
+    mask, chosen = grown(tree, ())
+    if not chosen:
+        key = next(iter(mask))
+        mask[key], chosen = True, {path for path in flat(tree) if path[0] == key}
+    return mask, chosen
+
+
+@st.composite
+def trainables(draw, params):
+    """A `trainable` of every kind that matches something in `params`, and the paths that it is to choose."""
+    paths = sorted(flat(params))
+    if not paths:
+        return None, set()
+    some = draw(st.sets(st.sampled_from(paths), min_size=1))
+    one = draw(st.sampled_from(paths))
+    word, cut = "/".join(one), draw(st.integers(0, len("/".join(one))))
+    kind = type(flat(params)[one])
+
+    def where(test):
+        return {path for path in paths if test("/".join(path))}
+
+    mask = nested({path: path in some for path in paths})
+    every = [
+        (None, set(paths)),
+        ("*", set(paths)),
+        (word, {one}),
+        (f"{word[:cut]}*", where(lambda name: name.startswith(word[:cut]))),
+        (f"*{word[cut:]}", where(lambda name: name.endswith(word[cut:]))),
+        (word[:-1] + "?", where(lambda name: name[:-1] == word[:-1])),
+        (lambda path, _: path == word, {one}),
+        (lambda _, leaf: type(leaf) is kind, {path for path, leaf in flat(params).items() if type(leaf) is kind}),
+        (mask, some),
+        (dressed(mask, draw(kinds())), some),
+        (jax.tree.map(lambda _: True, params), set(paths)),  # boxes stay in it
+        draw(prefixes(params)),
+    ]
+    if draw(st.booleans()):
+        return draw(st.sampled_from(every))
+    several = draw(st.lists(st.sampled_from(every[1:]), min_size=1, max_size=3))
+    filters, chosen = zip(*several, strict=True)
+    return draw(st.sampled_from([list, tuple]))(filters), set().union(*chosen)
+
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "adam": optax.adam(1e-2),
+    "adamw": optax.adamw(1e-2),
+    "lion": optax.lion(1e-3),
+    "clip": optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1)),
+    "MultiSteps": optax.MultiSteps(optax.adam(1e-2), every_k_schedule=2).gradient_transformation(),
+    "inject_hyperparams": optax.inject_hyperparams(optax.adam)(learning_rate=optax.linear_schedule(1e-2, 1e-3, 4)),
+    "reduce_on_plateau": optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1, cooldown=1)),
+    "masked": optax.masked(optax.adam(1e-2), lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)),
+    "apply_if_finite": optax.apply_if_finite(optax.adam(1e-2), max_consecutive_errors=2),
+}
+"""The optimizers of the design's laws, by name."""
+
+PARTS = [
+    optax.clip(0.5),
+    optax.clip_by_global_norm(0.1),
+    optax.scale_by_adam(),
+    optax.scale_by_rms(),
+    optax.trace(0.9, nesterov=True),
+    optax.add_decayed_weights(1e-2),
+    optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, 10)),
+    optax.scale_by_trust_ratio(),
+    optax.contrib.reduce_on_plateau(patience=1),
+]
+
+
+def chains():
+    """An optax chain of any parts, down the gradient."""
+    parts = st.lists(st.integers(0, len(PARTS) - 1), min_size=1, max_size=3, unique=True)
+    return parts.map(lambda each: optax.chain(*(PARTS[i] for i in each), optax.scale(-0.1)))

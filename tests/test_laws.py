@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.core import FrozenDict
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import flaxsplit as fs
@@ -18,7 +17,7 @@ from . import strategies as some
 from .models import MLP, Dropping, X, Y
 
 KEY = jax.random.key(0)
-OPTIMIZERS = some.optimizers()
+OPTIMIZERS = some.OPTIMIZERS
 
 
 def assert_same_leaves(left, right):
@@ -51,14 +50,16 @@ def all_plain(tree):
 # Law 1: merge_state is the inverse of split_params
 
 
-@settings(max_examples=200)
+@some.examples(200)
 @given(st.data())
 def test_merge_is_the_inverse_of_split(data):
     plain = data.draw(some.variables())
-    given_variables = some.dressed(plain, data.draw(some.KINDS))
+    given_variables = some.dressed(plain, data.draw(some.kinds()))
     before = jax.tree.structure(plain), dict(some.flat(plain))
-    trainable = data.draw(some.trainables(plain["params"]))
+    trainable, chosen = data.draw(some.trainables(plain["params"]))
     params, state = fs.split_params(given_variables, trainable=trainable)
+    assert some.flat(params).keys() == chosen  # as chosen without the library's own filters
+    assert some.flat(state.get("params", {})).keys() == some.flat(plain["params"]).keys() - chosen
     merged = fs.merge_state(params, state)
     assert_same_leaves(merged, plain)
     assert jax.tree.structure(merged) == jax.tree.structure(plain)  # empty branches too
@@ -71,21 +72,7 @@ def test_merge_is_the_inverse_of_split(data):
     assert (jax.tree.structure(plain), some.flat(plain).keys()) == (before[0], before[1].keys())
 
 
-@settings(max_examples=100)
-@given(st.data())
-def test_split_takes_what_the_filter_says_and_nothing_else(data):
-    params = data.draw(some.trees(st.just(jnp.ones(2))))
-    paths = sorted(some.flat(params))
-    if not paths:
-        return
-    chosen = data.draw(st.sets(st.sampled_from(paths), min_size=1))
-    names = {"/".join(path) for path in chosen}
-    trained, state = fs.split_params({"params": params}, trainable=lambda path, leaf: path in names)
-    assert some.flat(trained).keys() == chosen
-    assert some.flat(state.get("params", {})).keys() == set(paths) - chosen
-
-
-@pytest.mark.parametrize("kind", [dict, FrozenDict, some.CustomMapping])
+@pytest.mark.parametrize("kind", some.KINDS)
 def test_split_and_merge_under_jit_grad_and_vmap(kind):
     variables = {"params": {"a": jnp.ones(3), "b": jnp.full(3, 2.0)}, "batch_stats": {"m": jnp.zeros(3)}}
 
@@ -107,10 +94,10 @@ def test_split_and_merge_under_jit_grad_and_vmap(kind):
 MODELS = {"dense": nn.Dense(3), "norm": MLP(axis_name=None), "dropping": Dropping(axis_name=None)}
 
 
-@settings(max_examples=60)
+@some.examples(60)
 @given(
     name=st.sampled_from(sorted(MODELS)),
-    kind=some.KINDS,
+    kind=some.kinds(),
     trainable=st.sampled_from([None, "*kernel", "*bias"]),
     extra=some.trees(max_leaves=4),
     seed=st.integers(0, 2**30),
@@ -135,7 +122,7 @@ def test_with_mutable_equals_apply(name, kind, trainable, extra, seed):
 # Law 3: vmap_stateful with a named axis equals the batched model without one
 
 
-@settings(max_examples=15)
+@some.examples(15)
 @given(
     seed=st.integers(0, 2**30), trainable=st.sampled_from([None, "Dense_1/*"]), how=st.sampled_from(["eager", "jit"])
 )
@@ -176,8 +163,19 @@ def regression():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_with_optimizer_equals_the_guides_loop(name):
+    assert_equals_the_loop(OPTIMIZERS[name])
+
+
+@some.examples(8)
+@given(some.chains())
+def test_with_optimizer_equals_the_guides_loop_for_any_chain(tx):
+    assert_equals_the_loop(tx)
+
+
+def assert_equals_the_loop(transformation):
+    """Trains by hand and by `with_optimizer` from one start, and compares bit for bit."""
     loss_fn, (params, state) = regression()
-    tx = optax.with_extra_args_support(OPTIMIZERS[name])
+    tx = optax.with_extra_args_support(transformation)
 
     @jax.jit
     def by_hand(params, state, opt_state, batch):
@@ -185,10 +183,12 @@ def test_with_optimizer_equals_the_guides_loop(name):
         updates, opt_state = tx.update(grads, opt_state, params, value=loss)
         return optax.apply_updates(params, updates), state, opt_state, loss
 
-    carry = fs.init_carry(params, state, OPTIMIZERS[name])
-    step = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(loss_fn, OPTIMIZERS[name])))
-    opt_state = carry.opt_state if name == "inject_hyperparams" else tx.init(params)
-    opt_state = jax.tree.map(jnp.copy, opt_state)
+    carry = fs.init_carry(params, state, transformation)
+    step = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(loss_fn, transformation)))
+    assert_equal(carry.opt_state, tx.init(params))
+    opt_state = jax.tree.map(
+        jnp.copy, carry.opt_state
+    )  # not tx.init's own: with its weak types XLA may round otherwise
     for _ in range(5):
         params, state, opt_state, expected = by_hand(params, state, opt_state, (X, Y))
         carry, loss = step(carry, (X, Y))
@@ -207,7 +207,7 @@ def stack(batches):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
 
 
-@settings(max_examples=8)
+@some.examples(8)
 @given(name=st.sampled_from(sorted(OPTIMIZERS)), count=st.integers(1, 4), unroll=st.sampled_from([1, 2]))
 def test_scan_equals_the_loop(name, count, unroll):
     apply = fs.with_rngs(fs.vmap_stateful(fs.with_mutable(Dropping())))
@@ -235,7 +235,7 @@ def test_scan_equals_the_loop(name, count, unroll):
         assert_close((scanned, outs), (loop, jnp.stack(losses)), 1e-6)
 
 
-@settings(max_examples=10)
+@some.examples(10)
 @given(count=st.sampled_from([1, 2, 4, 8, 16, 32]), name=st.sampled_from(["sgd", "adam", "clip"]))
 def test_microbatches_without_state_equal_the_full_batch(count, name):
     def loss_fn(params, state, batch):
@@ -297,7 +297,7 @@ def test_a_frozen_leaf_is_not_there_for_the_optimizer(name):
     assert jax.tree.structure(carry.params) == jax.tree.structure(params)
 
 
-@settings(max_examples=10)
+@some.examples(10)
 @given(st.floats(1e-3, 10.0))
 def test_a_global_norm_clip_does_not_see_frozen_leaves(norm):
     loss_fn, (all_params, all_state) = regression()
@@ -313,7 +313,7 @@ def test_a_global_norm_clip_does_not_see_frozen_leaves(norm):
 # What the laws stand on: a carry that owns its leaves, a settled state, an adopted checkpoint
 
 
-@settings(max_examples=60)
+@some.examples(60)
 @given(some.trees(), some.trees())
 def test_a_carry_owns_strong_committed_leaves(params, extra):
     tree = {"params": params, "mine": extra, "ema": params}
@@ -345,7 +345,7 @@ def _plain(leaf):
     return not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) and leaf.size > 0
 
 
-@settings(max_examples=40)
+@some.examples(40)
 @given(lead=st.integers(0, 2), size=st.integers(1, 4), dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.int32]))
 def test_a_settled_state_is_a_fixed_point(lead, size, dtype):
     x = jnp.ones((3, size))

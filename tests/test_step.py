@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
-from .models import MLP, X, Y
+from .models import MLP, Dropping, X, Y
 
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
@@ -108,6 +108,26 @@ def test_aux_comes_out_and_is_stacked_over_microbatches():
     _, (loss, aux) = fs.with_optimizer(with_aux, tx, has_aux=True, microbatches=4)(start(tx), (X, Y))
     assert loss.shape == ()
     np.testing.assert_array_equal(aux["n"], [8, 8, 8, 8])
+
+
+def test_each_microbatch_draws_its_own_keys():
+    apply = fs.with_rngs(fs.vmap_stateful(fs.with_mutable(Dropping())))
+
+    def loss_with_masks(params, state, x):
+        out, state = apply(params, state, x, train=True)
+        return ((out**2).mean(), out), state
+
+    tx, same = optax.sgd(0.1), jnp.tile(X[:4], (2, 1))  # equal microbatches: what differs, differs by its masks
+    params, state = fs.split_params(Dropping().init(jax.random.key(0), X[0], train=False))
+    state |= fs.rng_state(dropout=jax.random.key(1))
+    carry = fs.init_carry(params, state, tx)
+    new, (_, outs) = fs.with_optimizer(loss_with_masks, tx, has_aux=True, microbatches=2)(carry, same)
+    assert (outs[0] != outs[1]).any()
+    (_, first), state = loss_with_masks(params, state, same[:4])
+    (_, second), state = loss_with_masks(params, state, same[4:])
+    assert_close((outs[0], outs[1]), (first, second))
+    assert_close(new.state["batch_stats"], state["batch_stats"])
+    assert new.state["rngs"]["dropout"] == state["rngs"]["dropout"]
 
 
 def test_bf16_gradients_are_accumulated_in_f32():
