@@ -23,7 +23,9 @@ console = Console()
 def main(arguments: list[str] | None = None) -> int:
     """Measures what was asked for; returns what the shell is told."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("claims", nargs="*", metavar="CLAIM", help=f"one or more of: {', '.join(CLAIMS)}; all if none")
+    parser.add_argument(
+        "claims", nargs="*", metavar="CLAIM", help=f"one or more of: {', '.join(CLAIMS)}; all if none; or report"
+    )
     effort = parser.add_mutually_exclusive_group()
     for name in m.EFFORTS:
         text = {"smoke": "only prove that each runs", "quick": "a few minutes (default)", "full": "for the record"}[
@@ -32,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         effort.add_argument(f"--{name}", dest="effort", action="store_const", const=name, default="quick", help=text)
     parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="where results go; --full: results/<device>")
     options = parser.parse_args(arguments)
+    if options.claims == ["report"]:
+        return report(options.out or HERE / "results" / m.folder_name())
     unknown = sorted({*options.claims} - {*CLAIMS})
     if unknown:
         parser.error(f"no such claim: {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
@@ -45,6 +49,18 @@ def main(arguments: list[str] | None = None) -> int:
             console.print(f"stored {os.path.relpath(m.store(result, out))}\n")
     where = f"results in {os.path.relpath(out)}" if out else "nothing stored: --out DIR does"
     console.print(f"benchmarks: done in {time.perf_counter() - began:.0f} s on {m.about()['device']}, {where}")
+    return 0
+
+
+def report(folder: pathlib.Path) -> int:
+    """Writes the report of stored results, and the README's table if they are the project's own."""
+    from . import _report
+
+    for path in _report.report(folder):
+        console.print(f"wrote {os.path.relpath(path)}")
+    if folder.resolve() == HERE / "results" / "cpu":
+        _report.README.write_text(_report.readme(_report.read(folder), _report.README.read_text()))
+        console.print(f"wrote {os.path.relpath(_report.README)}")
     return 0
 
 
@@ -68,7 +84,7 @@ def show(result: m.Result) -> None:
         found = m.ratios(row)
         table.add_row(f"[bold]{row.case}", end_section=False)
         for name, samples in row.samples.items():
-            low, middle, high = (told(value, row.unit) for value in m.quartiles(samples))
+            low, middle, high = (m.told(value, row.unit) for value in m.quartiles(samples))
             ratio = str(found[name]) if name in found else "1" if len(row.samples) > 1 else ""
             table.add_row(f"  {name}", middle, f"{low} - {high}" if len(samples) > 1 else "exact", ratio)
         said = m.verdict(row)
@@ -76,15 +92,6 @@ def show(result: m.Result) -> None:
             table.add_row("", "", "", f"[italic]{said}")
         table.add_section()
     console.print(table)
-
-
-def told(value: float, unit: str) -> str:
-    """A quantity in the unit that reads best."""
-    steps = {"s": [("s", 1.0), ("ms", 1e-3), ("us", 1e-6)], "bytes": [("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0)]}
-    for name, size in steps.get(unit, [(unit, 1.0)]):
-        if value >= size:
-            return f"{value / size:.4g} {name}"
-    return f"{value:.4g} {unit}"
 
 
 if __name__ == "__main__":

@@ -32,13 +32,15 @@ class Effort:
 
     name: str
     rounds: int
+    seconds: float
 
     def of(self, *, smoke: Iterable[Any], quick: Iterable[Any], full: Iterable[Any]) -> list[Any]:
         """Chooses the sizes to measure."""
         return [*{"smoke": smoke, "quick": quick, "full": full}[self.name]]
 
 
-EFFORTS = {name: Effort(name, rounds) for name, rounds in (("smoke", 3), ("quick", 40), ("full", 300))}
+_FEWEST = 3
+EFFORTS = {each.name: each for each in (Effort("smoke", _FEWEST, 1), Effort("quick", 40, 6), Effort("full", 300, 40))}
 
 
 @dataclass(frozen=True)
@@ -97,18 +99,21 @@ def timed(
     samples = {name: list[float]() for name in contenders}
     for name in [*contenders] * 2:
         jax.block_until_ready(contenders[name]())
-    for name in in_turn(contenders, effort.rounds, lambda round_: tell(f"{case}: {round_}")):
+    for name in in_turn(contenders, effort, lambda words: tell(f"{case}: {words}")):
         began = time.perf_counter()
         jax.block_until_ready(contenders[name]())
         samples[name].append((time.perf_counter() - began) / per)
     return Row(case, "s", samples, baseline, bounds or {}, x)
 
 
-def in_turn(names: Iterable[str], rounds: int, tell: Tell) -> Iterator[str]:
-    """Every name once per round, in an order that chance draws anew."""
+def in_turn(names: Iterable[str], effort: Effort, tell: Tell) -> Iterator[str]:
+    """Every name once per round, in an order that chance draws anew, for as many rounds as the effort has time for."""
     order, chance = [*names], random.Random(0)  # noqa: S311 (an order, not a secret)
-    for i in range(rounds):
-        tell(f"round {i + 1} of {rounds}")
+    end = time.perf_counter() + effort.seconds
+    for i in range(effort.rounds):
+        if i >= _FEWEST and time.perf_counter() > end:
+            return
+        tell(f"round {i + 1} of at most {effort.rounds}")
         chance.shuffle(order)
         yield from order
 
@@ -145,6 +150,15 @@ def quartiles(samples: Iterable[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile."""
     low, middle, high = np.percentile([*samples], [25, 50, 75])
     return float(low), float(middle), float(high)
+
+
+def told(value: float, unit: str) -> str:
+    """A quantity in the unit that reads best."""
+    steps = {"s": [("s", 1.0), ("ms", 1e-3), ("us", 1e-6)], "bytes": [("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0)]}
+    for name, size in steps.get(unit, [(unit, 1.0)]):
+        if value >= size:
+            return f"{value / size:.4g} {name}"
+    return f"{value:.4g} {unit}"
 
 
 def about() -> dict[str, Any]:

@@ -24,15 +24,16 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     for depth in effort.of(smoke=[2], quick=[2, 8, 32], full=[2, 8, 32, 100, 200]):
         model = DenseNorm(layers=depth, width=16)
         carry = start(model, tx, batch[0])
-        rounds = min(effort.rounds, max(6, 60 // depth))
         seconds: dict[str, dict[str, list[float]]] = {stage: {name: [] for name in MAKERS} for stage in STAGES}
+        for name in [*MAKERS]:
+            _build(name, model, tx, carry, batch)
         tell(f"{depth} layers")
-        for name in in_turn(MAKERS, rounds + 1, lambda words: None):
+        for name in in_turn(MAKERS, effort, lambda words: None):
             for stage, taken in zip(STAGES, _build(name, model, tx, carry, batch), strict=True):
                 seconds[stage][name].append(taken)
         for stage, samples in seconds.items():
-            warm = {name: each[1:] for name, each in samples.items()}
-            yield Row(f"{stage}, {depth} layers", "s", warm, bounds={OURS: 1.10} if stage == "trace" else {}, x=depth)
+            bounds = {OURS: 1.10} if stage == "trace" else {}
+            yield Row(f"{stage}, {depth} layers", "s", samples, bounds=bounds, x=depth)
 
 
 def _build(name: str, model: Any, tx: Any, carry: Any, batch: Any) -> list[float]:
