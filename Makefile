@@ -45,14 +45,14 @@ lowest: $(VENV)-lowest/.installed-floors  ## the tests with the oldest dependenc
 	$(VENV)-lowest/bin/$(PYTEST)
 	@echo "make lowest: all tests passed"
 
-# The one run against the built wheel rather than this folder: pytest, unlike python -m pytest, does not import from here.
+# The one run against the built wheel rather than this folder: appended to the path, this folder comes after the wheel.
 newest:  ## the tests with the newest Python and dependencies, on the built wheel
 	@$(require-python)
 	@python=$$($(PYTHON) tools/newest.py $(NEWER)) || exit; \
 	if [ -z "$$python" ]; then echo "newest: skipped, no CPython >= 3.12 found"; exit; fi; set -ex; \
 	"$$python" -m venv $(VENV)-newest; \
 	$(VENV)-newest/bin/python -m pip install --upgrade --upgrade-strategy eager '.[test]'; \
-	$(VENV)-newest/bin/$(PYTEST) tests --pyargs flaxsplit; \
+	$(VENV)-newest/bin/$(PYTEST) --import-mode=append tests --pyargs flaxsplit; \
 	set +x; echo "make newest: all tests passed"
 
 check: lint test lowest newest types demo bench  ## all of the above
