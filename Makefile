@@ -11,7 +11,7 @@ PYTEST := pytest -n 2 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench types lint lowest newest check clean
+.PHONY: help demo test checked bench types lint lowest newest check clean
 .DELETE_ON_ERROR:
 # Two installations at once into one environment would break it.
 .NOTPARALLEL:
@@ -26,6 +26,10 @@ demo: $(VENV)/.installed-demo  ## train on handwritten digits
 test: $(VENV)/.installed-test  ## every test and every docstring
 	$(BIN)/$(PYTEST)
 	@echo "make test: all tests passed"
+
+checked: $(VENV)/.installed-test  ## the tests again, every signature checked at run time
+	FLAXSPLIT_TYPECHECKER=typeguard $(BIN)/$(PYTEST)
+	@echo "make checked: all tests passed"
 
 bench: $(VENV)/.installed-bench  ## every benchmark once, quickly
 	$(BIN)/python -m benchmarks --quick
@@ -55,7 +59,7 @@ newest:  ## the tests with the newest Python and dependencies, on the built whee
 	$(VENV)-newest/bin/$(PYTEST) --import-mode=append tests --pyargs flaxsplit; \
 	set +x; echo "make newest: all tests passed"
 
-check: lint test lowest newest types demo bench  ## all of the above
+check: lint test checked lowest newest types demo bench  ## all of the above
 	@echo "make check: everything passed"
 
 clean:  ## remove the environments and what tools left behind

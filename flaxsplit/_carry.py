@@ -10,6 +10,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ._checks import checked
 from ._describe import Difference, alike, describe, differences, is_array, keyed_leaves, kind_of, plain, shorten, strong
 from ._errors import CollectionError, SignatureError, StateDriftError
 from ._types import Carry, Tree
@@ -17,6 +18,7 @@ from ._types import Carry, Tree
 T = TypeVar("T")
 
 
+@checked
 def init_carry(params: Tree, state: Tree, tx: optax.GradientTransformation) -> Carry:
     """Makes the carry that a step threads.
 
@@ -109,6 +111,7 @@ def _place(placement: Any) -> str:
     return f"mesh({axes}) of {names}" if axes else names
 
 
+@checked
 def adopt_carry(restored: Any, like: T) -> T:
     """Makes what a checkpoint gave back into a carry that the compiled step takes without compiling again.
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ._describe import shorten
 
 
-class _Explained(Exception):  # noqa: N818 (what errors and a warning share; neither's name would fit both)
+class Explained(Exception):  # noqa: N818 (what errors and a warning share; neither's name would fit both)
     """Says which call failed, what it required, what came, the likely cause, and the corrected call.
 
     Attributes:
@@ -25,29 +25,29 @@ class _Explained(Exception):  # noqa: N818 (what errors and a warning share; nei
         return f"{self.where}: {self.required}\n  got:{got}\n  likely cause: {self.cause}\n  fix: {self.fix}"
 
 
-class CollectionError(_Explained, ValueError):
+class CollectionError(Explained, ValueError):
     """A collection or path is missing, unknown or there twice, or a filter matches nothing."""
 
 
-class SignatureError(_Explained, TypeError):
+class SignatureError(Explained, TypeError):
     """What was given to a combinator, or what it returned, does not have the form that the combinator takes."""
 
 
-class StateDriftError(_Explained, TypeError):
+class StateDriftError(Explained, TypeError):
     """A step would return a carry of another structure, shape or dtype. Raised while tracing."""
 
 
-class UnsyncedStateError(_Explained, ValueError):
+class UnsyncedStateError(Explained, ValueError):
     """`vmap_stateful`: a state leaf that all lanes share came out different per lane."""
 
 
-class RetraceError(_Explained, RuntimeError):
+class RetraceError(Explained, RuntimeError):
     """A function was traced more often than allowed; the message is the table of what changed."""
 
 
-class UntouchedStateWarning(_Explained, UserWarning):
+class UntouchedStateWarning(Explained, UserWarning):
     """Collections were mutable and no leaf of any was written."""
 
 
-for _class in list(_Explained.__subclasses__()):
+for _class in list(Explained.__subclasses__()):
     _class.__module__ = "flaxsplit"

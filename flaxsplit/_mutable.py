@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 from flax import core, errors
 
+from ._checks import checked
 from ._describe import describe, plain, wraps
 from ._errors import CollectionError, SignatureError, UntouchedStateWarning
 from ._split import check_halves, merge_state
@@ -49,6 +50,7 @@ def with_mutable(
 def with_mutable(
     fn: ApplyFn, *, method: str | None = None, mutable: Mutable = ..., capture: str | Sequence[str] = ()
 ) -> Stateful[..., Any]: ...
+@checked
 def with_mutable(
     fn: Any, *, method: Any = None, mutable: Mutable = ..., capture: str | Sequence[str] = ()
 ) -> Stateful[..., Any]:

@@ -6,12 +6,14 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
+from ._checks import checked
 from ._describe import describe, is_array, wraps
 from ._errors import CollectionError, SignatureError
 from ._split import check_halves
 from ._types import PRNGKey, State, StatefulT, Tree
 
 
+@checked
 def rng_state(**keys: PRNGKey) -> State:
     """Makes the collection that `with_rngs` draws from.
 
@@ -49,6 +51,7 @@ def _is_key(key: Any) -> bool:
     return bool(typed or (key.dtype == jnp.uint32 and len(key.shape) > 0))
 
 
+@checked
 def with_rngs(fn: StatefulT) -> StatefulT:
     """Draws fresh `rngs=` from `state['rngs']` at each call, and advances them.
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._checks import checked
 from ._describe import Difference, describe, differences, is_array, keyed_leaves, plain, same_structure, strong
 from ._errors import StateDriftError
 from ._types import State, Stateful, Tree
@@ -12,6 +13,7 @@ from ._types import State, Stateful, Tree
 _MOST_ROUNDS = 8
 
 
+@checked
 def settle_state(fn: Stateful[..., Any], params: Tree, state: Tree, /, *args: Any, **kwargs: Any) -> State:
     """Gives the state whose structure, shapes and dtypes `fn` returns unchanged.
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ._checks import checked
 from ._describe import describe, plain
 from ._errors import CollectionError, SignatureError
 from ._filters import choose, flatten, keyed, unflatten
@@ -12,6 +13,7 @@ RESERVED = frozenset({"params", "batch_stats", "cache", "intermediates", "rngs",
 """Collections that Flax or flaxsplit name themselves; used to recognise swapped arguments."""
 
 
+@checked
 def split_params(variables: Tree, *, trainable: Trainable | None = None) -> tuple[Params, State]:
     """Splits variables into the params to optimize and the state, which is everything else.
 
@@ -46,6 +48,7 @@ def split_params(variables: Tree, *, trainable: Trainable | None = None) -> tupl
     return params, state | ({"params": frozen} if frozen else {})
 
 
+@checked
 def merge_state(params: Tree, state: Tree) -> Variables:
     """Puts params and state together into Flax's variables.
 

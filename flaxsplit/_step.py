@@ -11,6 +11,7 @@ import optax
 from jax.sharding import SingleDeviceSharding
 
 from ._carry import check_drift
+from ._checks import checked
 from ._describe import abstract, describe, differences, is_array, keyed_leaves, kind_of, same_structure, wraps
 from ._errors import CollectionError, SignatureError
 from ._types import AxisName, Carry, JittedStep, LossFn, Scalar, Step
@@ -40,6 +41,7 @@ def with_optimizer(
     microbatches: int = 1,
     axis_name: AxisName | None = None,
 ) -> Step[Carry, BatchT, Scalar]: ...
+@checked
 def with_optimizer(
     loss_fn: Any,
     tx: optax.GradientTransformation,
@@ -284,6 +286,7 @@ def _check_count(where: str, count: Any) -> None:
         )
 
 
+@checked
 def with_ema(step: Step[Carry, BatchT, OutT], *, decay: float | Callable[[Any], Any]) -> Step[Carry, BatchT, OutT]:
     """Keeps an exponential moving average of the params in `state['ema']`.
 
@@ -362,6 +365,7 @@ def _check_ema(carry: Carry) -> None:
         )
 
 
+@checked
 def scan_steps(step: Step[C, BatchT, OutT], *, unroll: int = 1) -> Step[C, BatchT, OutT]:
     """Runs many steps in one dispatch: `(carry, batches) -> (carry, outs)` over a leading axis.
 
@@ -410,6 +414,7 @@ def _check_leading(batches: Any) -> None:
         )
 
 
+@checked
 def stack_batches(batches: Iterable[BatchT], size: int) -> Iterator[BatchT]:
     """Stacks batches from any iterable, `size` at a time, for `scan_steps`.
 
@@ -444,6 +449,7 @@ def _stacked(*leaves: Any) -> Any:
     return np.stack(leaves) if not any(isinstance(leaf, jax.Array) for leaf in leaves) else jnp.stack(leaves)
 
 
+@checked
 def jit_step(step: Step[C, BatchT, OutT], *, like: Any = None, donate: bool = True) -> JittedStep[C, BatchT, OutT]:
     """Compiles a step, the carry donated.
 

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
+from ._checks import checked
 from ._describe import Difference, abstract, differences, name_of
 from ._errors import RetraceError
 
@@ -21,6 +22,7 @@ _TRACE = "/jax/core/compile/jaxpr_trace_duration"
 _COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
+@checked
 def assert_max_traces(fn: Callable[P, R], max_traces: int = 1) -> Callable[P, R]:
     """Fails where `fn` is traced more than `max_traces` times, with a table of what changed.
 

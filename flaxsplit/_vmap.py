@@ -7,6 +7,7 @@ from typing import Any, cast
 import jax
 from jax.custom_batching import custom_vmap
 
+from ._checks import checked
 from ._describe import describe, differences, keyed_leaves, shorten, wraps
 from ._errors import CollectionError, SignatureError, StateDriftError, UnsyncedStateError
 from ._rngs import draw
@@ -14,6 +15,7 @@ from ._split import check_halves
 from ._types import Axes, State, StatefulT, Tree
 
 
+@checked
 def vmap_stateful(
     fn: StatefulT,
     *,

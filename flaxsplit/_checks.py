@@ -1,0 +1,105 @@
+"""Signatures checked at run time, where that is asked for before the import: `FLAXSPLIT_TYPECHECKER=typeguard`.
+
+Off, `checked` gives back the very function. On, functions are checked where they are called, so what a jitted step does
+is checked while tracing only. An error of ours, which names the leaf, comes before the checker's.
+"""
+
+import functools
+import importlib
+import inspect
+import os
+from collections.abc import Callable
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import jaxtyping
+
+from ._errors import Explained
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+TYPECHECKER = os.environ.get("FLAXSPLIT_TYPECHECKER", "")
+"""`typeguard`, `beartype`, or a path to any decorator, `package.decorator`; empty for none."""
+
+
+def checked(fn: F) -> F:
+    """Checks the arguments and the result of `fn` against its annotations, if that was asked for."""
+    if not TYPECHECKER:
+        return fn
+    fn.__annotations__ = {name: _checkable(hint) for name, hint in fn.__annotations__.items()}
+    checking: Any = jaxtyping.jaxtyped(fn, typechecker=_typechecker())
+
+    @functools.wraps(fn)
+    def explaining(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return checking(*args, **kwargs)
+        except jaxtyping.TypeCheckError:
+            _raise_ours(fn, args, kwargs)
+            raise
+
+    explaining_fn: Any = explaining
+    return explaining_fn  # type: ignore[no-any-return]
+
+
+def _raise_ours(fn: Any, args: Any, kwargs: Any) -> None:
+    try:
+        fn(*args, **kwargs)
+    except Explained:
+        raise
+    except Exception:  # noqa: S110 (whatever comes of a wrong argument, the checker has said it better)
+        pass
+
+
+def _typechecker() -> Any:
+    if TYPECHECKER == "typeguard":
+        return typechecked
+    module, _, name = ("beartype.beartype" if TYPECHECKER == "beartype" else TYPECHECKER).rpartition(".")
+    if not module:
+        raise ImportError(
+            f"FLAXSPLIT_TYPECHECKER: typeguard, beartype, or a path such as package.decorator; got {name!r}"
+        )
+    return getattr(importlib.import_module(module), name)
+
+
+def typechecked(fn: F) -> F:
+    """As `typeguard.typechecked`, which is lost at jaxtyping's strings in a function's source."""
+    signature = inspect.signature(fn)
+
+    @functools.wraps(fn)
+    def checking(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            parameter = signature.parameters[name]
+            for each in _values(value, parameter.kind):
+                _check(each, parameter.annotation)
+        out = fn(*args, **kwargs)
+        _check(out, signature.return_annotation)
+        return out
+
+    checking_fn: Any = checking
+    return checking_fn  # type: ignore[no-any-return]
+
+
+def _values(bound: Any, kind: Any) -> Any:
+    if kind is inspect.Parameter.VAR_KEYWORD:
+        return bound.values()
+    return bound if kind is inspect.Parameter.VAR_POSITIONAL else (bound,)
+
+
+def _check(value: Any, hint: Any) -> None:
+    import typeguard  # only where it is asked for: it is not quick to import
+
+    if hint is not inspect.Signature.empty:
+        typeguard.check_type(value, hint, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
+
+
+def _checkable(hint: Any) -> Any:
+    """Says protocols and type variables as checkers read them: no value fits a protocol with ParamSpec at run time."""
+    origin = get_origin(hint) or hint
+    if getattr(origin, "_is_protocol", False) or isinstance(getattr(hint, "__bound__", None), type(Callable[..., Any])):
+        return Callable[..., Any]
+    if isinstance(hint, TypeVar):
+        return Any
+    if origin in (Union, UnionType):
+        return Union[tuple(map(_checkable, get_args(hint)))]  # noqa: UP007 (made from a list)
+    return hint

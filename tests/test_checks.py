@@ -1,0 +1,115 @@
+"""Signatures checked at run time: off by default and then not there at all, on with one variable, by either checker."""
+
+import inspect
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import flaxsplit as fs
+from flaxsplit import _checks
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# One wrong argument for each public function that takes any: what only a type checker can see.
+WRONG = {
+    "split_params": "fs.split_params([('params', {})])",
+    "merge_state": "fs.merge_state({'w': 1.0}, [])",
+    "with_mutable": "fs.with_mutable(nn.Dense(1), capture=3)",
+    "with_rngs": "fs.with_rngs('apply')",
+    "rng_state": "fs.rng_state(dropout='key')",
+    "vmap_stateful": "fs.vmap_stateful(fn, axis_size='8')",
+    "settle_state": "fs.settle_state(3, {}, {})",
+    "init_carry": "fs.init_carry([jnp.ones(2)], {}, tx)",
+    "with_optimizer": "fs.with_optimizer(loss_fn, tx, has_aux='no')",
+    "with_ema": "fs.with_ema('step', decay=0.9)",
+    "scan_steps": "fs.scan_steps(step, unroll='2')",
+    "stack_batches": "fs.stack_batches(3, 2)",
+    "jit_step": "fs.jit_step(step, donate='yes')",
+    "assert_max_traces": "fs.assert_max_traces(step, '1')",
+}
+RIGHT = {
+    "split_params": "fs.split_params({'params': {'w': jnp.ones(2)}}, trainable=['w', lambda path, leaf: True])",
+    "merge_state": "fs.merge_state({'w': 1.0}, {})",
+    "with_mutable": "fs.with_mutable(nn.Dense(1), capture=['intermediates'])",
+    "with_rngs": "fs.with_rngs(functools.partial(fn))",
+    "rng_state": "fs.rng_state(dropout=jax.random.key(0), legacy=jax.random.PRNGKey(0))",
+    "vmap_stateful": "fs.vmap_stateful(fn, axis_size=8, in_axes=(0, None))",
+    "settle_state": "fs.settle_state(fn, {}, {}, jnp.ones(2))",
+    "init_carry": "fs.init_carry({'w': jnp.ones(2)}, {}, tx)",
+    "with_optimizer": "fs.with_optimizer(jax.jit(loss_fn), tx, axis_name='batch')",
+    "with_ema": "fs.with_ema(step, decay=lambda count: 0.9)",
+    "scan_steps": "fs.scan_steps(jax.jit(step), unroll=2)",
+    "stack_batches": "list(fs.stack_batches(iter([jnp.ones(2)]), 2))",
+    "jit_step": "fs.jit_step(step, donate=False)",
+    "adopt_carry": "fs.adopt_carry({'w': 1.0}, {'w': jnp.ones(())})",
+    "assert_max_traces": "fs.assert_max_traces(nn.Dense(1), 2)",
+}
+CODE = """
+import functools, json, sys
+import flax.linen as nn, jax, jax.numpy as jnp, jaxtyping, optax
+import flaxsplit as fs
+tx = optax.sgd(0.1)
+def fn(params, state, x): return x, state
+def loss_fn(params, state, batch): return jnp.float32(0), state
+def step(carry, batch): return carry, batch
+found = {}
+for name, call in json.load(sys.stdin).items():
+    try:
+        eval(call)
+    except Exception as error:
+        found[name] = type(error).__name__
+print(json.dumps(found))
+"""
+
+
+def errors_of(calls, checker):
+    """The class of error that each call ends in, in a process of its own with that checker."""
+    environment = os.environ | {"FLAXSPLIT_TYPECHECKER": checker}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], cwd=ROOT, env=environment, input=json.dumps(calls), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("checker", ["typeguard", "beartype"])
+def test_a_wrong_argument_to_every_public_function_is_rejected(checker):
+    errors = errors_of(WRONG, checker)
+    assert errors.keys() == WRONG.keys()
+    ours = {"CollectionError", "SignatureError"}  # these come first: they name the leaf
+    assert {name for name, error in errors.items() if error not in ours | {"TypeCheckError"}} == set()
+    assert sum(error == "TypeCheckError" for error in errors.values()) >= 8
+
+
+@pytest.mark.parametrize("checker", ["", "typeguard", "beartype"])
+def test_right_arguments_are_not_rejected(checker):
+    assert errors_of(RIGHT, checker) == {}
+
+
+def test_without_a_checker_nothing_checks_types():
+    assert "TypeCheckError" not in errors_of(WRONG, "").values()
+
+
+def test_a_checker_that_is_none_is_said():
+    environment = os.environ | {"FLAXSPLIT_TYPECHECKER": "yes"}
+    code = "import flaxsplit"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    expected = "FLAXSPLIT_TYPECHECKER: typeguard, beartype, or a path such as package.decorator; got 'yes'"
+    assert done.stderr.splitlines()[-1] == f"ImportError: {expected}"
+
+
+def test_every_public_function_is_in_the_tables():
+    functions = {name for name, value in vars(fs).items() if inspect.isfunction(value)}
+    assert functions - RIGHT.keys() == {"compile_log"}  # takes no argument
+    assert functions - WRONG.keys() == {"compile_log", "adopt_carry"}  # takes anything, and says what cannot be adopted
+
+
+@pytest.mark.skipif(bool(_checks.TYPECHECKER), reason="says what holds without a checker")
+def test_off_means_that_nothing_is_wrapped():
+    assert _checks.checked(len) is len
+    assert not hasattr(fs.split_params, "__wrapped__")
+    assert not hasattr(fs.with_optimizer, "__wrapped__")
