@@ -11,7 +11,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias,
 import jax
 import optax
 from flax.core import DenyList
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Int, Key, UInt32
 
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
@@ -26,8 +26,6 @@ Params: TypeAlias = dict[str, Any]
 State: TypeAlias = dict[str, Any]
 Variables: TypeAlias = dict[str, Any]
 
-Scalar: TypeAlias = Float[Array, ""]
-Counter: TypeAlias = Int[Array, ""]
 PRNGKey: TypeAlias = Key[Array, "..."] | UInt32[Array, "... key"]
 """A typed key, or a legacy uint32 one. Both work everywhere."""
 
@@ -50,7 +48,7 @@ class Carry(NamedTuple):
         opt_state: what `tx.init(params)` gave.
     """
 
-    step: Counter
+    step: Int[Array, ""]
     params: Any  # nested dicts; Any, since what `optax.apply_updates` returns is typed as any tree at all
     state: State
     opt_state: optax.OptState
