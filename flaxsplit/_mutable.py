@@ -18,7 +18,7 @@ from ._types import ApplyFn, LinenModule, Mutable, State, Stateful, Tree
 
 P = ParamSpec("P")
 R = TypeVar("R")
-M = TypeVar("M")
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 NoCapture = tuple[()]
 Names = str | list[str] | tuple[str, *tuple[str, ...]]
 Captured = dict[str, Any]
@@ -29,13 +29,29 @@ HIDDEN = frozenset({"rngs", "ema"})
 _MISSING = (errors.ScopeParamNotFoundError, errors.ScopeCollectionNotFound, errors.ScopeVariableNotFoundError)
 
 
-@overload
+@overload  # a method of the module's class
 def with_mutable(
-    fn: object, *, method: Callable[Concatenate[M, P], R], mutable: Mutable = ..., capture: NoCapture = ()
+    fn: ModuleT, *, method: Callable[Concatenate[ModuleT, P], R], mutable: Mutable = ..., capture: NoCapture = ()
 ) -> Stateful[P, R]: ...
 @overload
 def with_mutable(
-    fn: object, *, method: Callable[Concatenate[M, P], R], mutable: Mutable = ..., capture: Names
+    fn: ModuleT, *, method: Callable[Concatenate[ModuleT, P], R], mutable: Mutable = ..., capture: Names
+) -> Stateful[P, tuple[R, Captured]]: ...
+@overload  # bound to the module: there is no `self` to leave out
+def with_mutable(
+    fn: nn.Module, *, method: Callable[P, R], mutable: Mutable = ..., capture: NoCapture = ()
+) -> Stateful[P, R]: ...
+@overload
+def with_mutable(
+    fn: nn.Module, *, method: Callable[P, R], mutable: Mutable = ..., capture: Names
+) -> Stateful[P, tuple[R, Captured]]: ...
+@overload  # of the class again, with `module.apply`
+def with_mutable(
+    fn: ApplyFn, *, method: Callable[Concatenate[Any, P], R], mutable: Mutable = ..., capture: NoCapture = ()
+) -> Stateful[P, R]: ...
+@overload
+def with_mutable(
+    fn: ApplyFn, *, method: Callable[Concatenate[Any, P], R], mutable: Mutable = ..., capture: Names
 ) -> Stateful[P, tuple[R, Captured]]: ...
 @overload
 def with_mutable(
@@ -47,7 +63,11 @@ def with_mutable(
 ) -> Stateful[P, tuple[R, Captured]]: ...
 @overload
 def with_mutable(
-    fn: ApplyFn, *, method: str | None = None, mutable: Mutable = ..., capture: str | Sequence[str] = ()
+    fn: ApplyFn, *, method: None = None, mutable: Mutable = ..., capture: str | Sequence[str] = ()
+) -> Stateful[..., Any]: ...
+@overload
+def with_mutable(
+    fn: ApplyFn | nn.Module, *, method: str, mutable: Mutable = ..., capture: str | Sequence[str] = ()
 ) -> Stateful[..., Any]: ...
 def with_mutable(
     fn: Any, *, method: Any = None, mutable: Mutable = ..., capture: str | Sequence[str] = ()
