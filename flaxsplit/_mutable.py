@@ -14,7 +14,7 @@ from flax import core, errors
 from ._describe import describe, plain, wraps
 from ._errors import CollectionError, SignatureError, UntouchedStateWarning
 from ._split import check_halves, merge_state
-from ._types import ApplyFn, LinenModule, Mutable, State, Stateful, Tree
+from ._types import AnyParams, ApplyFn, LinenModule, Mutable, State, Stateful, Tree
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -109,7 +109,7 @@ def with_mutable(
     captured = (capture,) if isinstance(capture, str) else tuple(capture)
 
     @wraps(*_signed(fn, method))
-    def stateful(params: Tree, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
+    def stateful(params: AnyParams, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
         check_halves("with_mutable(fn)", params, state)
         visible = {name: tree for name, tree in state.items() if name not in HIDDEN and name not in captured}
         variables = merge_state(params, visible)

@@ -6,7 +6,7 @@ from typing import Any
 from ._describe import describe, plain
 from ._errors import CollectionError, SignatureError
 from ._filters import choose, flatten, keyed, unflatten
-from ._types import Params, State, Trainable, Tree, Variables
+from ._types import AnyParams, Params, State, Trainable, Tree, Variables
 
 RESERVED = frozenset({"params", "batch_stats", "cache", "intermediates", "rngs", "ema"})
 """Collections that Flax or flaxsplit name themselves; used to recognise swapped arguments."""
@@ -46,7 +46,7 @@ def split_params(variables: Tree, *, trainable: Trainable | None = None) -> tupl
     return params, state | ({"params": frozen} if frozen else {})
 
 
-def merge_state(params: Tree, state: Tree) -> Variables:
+def merge_state(params: AnyParams, state: Tree) -> Variables:
     """Puts params and state together into Flax's variables.
 
     Law: the inverse of `split_params`. Equals `{"params": params, **state}` where no param is frozen.

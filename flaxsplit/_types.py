@@ -6,11 +6,11 @@ Trees have plain aliases (a static checker cannot see into `PyTree[...]`); array
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import EllipsisType
-from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import jax
 import optax
-from flax.core import DenyList
+from flax.core import DenyList, FrozenDict
 from jaxtyping import Array, Int, Key, UInt32
 
 P = ParamSpec("P")
@@ -22,6 +22,11 @@ BatchT = TypeVar("BatchT")
 
 Tree: TypeAlias = Mapping[str, Any]
 """A nested mapping of leaves. `Params` and `State`, which flaxsplit makes, are plain dicts."""
+if TYPE_CHECKING:
+    AnyParams: TypeAlias = Mapping[str, Any] | optax.Params
+else:  # at run time all of optax's trees would let a number pass as params
+    AnyParams = Mapping[str, Any] | FrozenDict
+"""Params as users have them: `optax.apply_updates` is typed as giving any tree at all."""
 Params: TypeAlias = dict[str, Any]
 State: TypeAlias = dict[str, Any]
 Variables: TypeAlias = dict[str, Any]
@@ -67,7 +72,7 @@ class LinenModule(Protocol[P, R_co]):
 class Stateful(Protocol[P, R_co]):
     """A stateful function: `new_state` has exactly `state`'s structure, shapes and dtypes."""
 
-    def __call__(self, params: Tree, state: Tree, /, *args: P.args, **kwargs: P.kwargs) -> tuple[R_co, State]: ...
+    def __call__(self, params: AnyParams, state: Tree, /, *args: P.args, **kwargs: P.kwargs) -> tuple[R_co, State]: ...
 
 
 class ApplyFn(Protocol):
@@ -79,7 +84,7 @@ class ApplyFn(Protocol):
 StatefulT = TypeVar("StatefulT", bound=Callable[Concatenate[Any, Any, ...], tuple[Any, Any]])
 """Bounds what combinators take and give back unchanged, so that a model's own signature survives a stack of them."""
 
-LossFn: TypeAlias = Callable[[Params, State, BatchT], tuple[OutT, State]]
+LossFn: TypeAlias = Callable[[Params, State, BatchT], tuple[OutT, Tree]]
 Step: TypeAlias = Callable[[C, BatchT], tuple[C, OutT]]
 
 

@@ -44,7 +44,7 @@ model = Network()
 apply = fs.with_rngs(fs.with_mutable(model))
 
 
-def loss_fn(params: Any, state: dict[str, Any], batch: tuple[Array, Array]) -> tuple[Array, dict[str, Any]]:
+def loss_fn(params: optax.Params, state: dict[str, Any], batch: tuple[Array, Array]) -> tuple[Array, dict[str, Any]]:
     x, y = batch
     prediction, state = apply(params, state, x, train=True)
     return optax.l2_loss(prediction, y).mean(), state
