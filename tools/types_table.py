@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import tempfile
 import venv
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -70,9 +71,12 @@ def copied(folder: pathlib.Path) -> pathlib.Path:
 
 def without_overlay(folder: pathlib.Path) -> str:
     """Makes an environment with every package of this one but the overlay."""
+    packages = pathlib.Path(sysconfig.get_path("purelib"))
+    if not (packages / "flax-stubs").exists():
+        raise SystemExit("the overlay is not installed: python -m pip install ./stubs")
     venv.create(folder, symlinks=True)
     site = pathlib.Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
-    for entry in pathlib.Path(sysconfig.get_path("purelib")).iterdir():
+    for entry in packages.iterdir():
         if entry.name != "flax-stubs":
             (site / entry.name).symlink_to(entry)
     return str(folder / "bin" / "python")
@@ -161,9 +165,9 @@ def said(codes: set[str]) -> str:
     return ", ".join(f"`{code}`" for code in sorted(codes)) or "accepts"
 
 
-def table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Returns a Markdown table."""
-    lines = [head, ("---",) * len(head), *rows]
+    lines: list[Sequence[object]] = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
