@@ -35,10 +35,14 @@ bench: $(VENV)/.installed-bench  ## every benchmark once, quickly
 	$(BIN)/python -m benchmarks --quick
 	@echo "make bench: done"
 
-# pyright reads [tool.pyright] for what to check: the package and its type tests, strictly.
-types: $(VENV)/.installed-dev $(VENV)/.installed-stubs  ## mypy and pyright, both strict
+# pyright reads [tool.pyright] for what to check: the package and its type tests, strictly. With --verifytypes it looks for
+# the package where the python on PATH finds it, whatever --pythonpath says. stubtest needs no list of exceptions.
+types: $(VENV)/.installed-dev $(VENV)/.installed-stubs  ## mypy and pyright, both strict, and what they must reject
 	$(BIN)/mypy --strict flaxsplit $(wildcard tests/typing examples benchmarks)
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pyright --verifytypes flaxsplit --ignoreexternal
+	$(BIN)/python -m mypy.stubtest flaxsplit --concise --mypy-config-file pyproject.toml
+	$(BIN)/python tools/types_table.py
 	@echo "make types: no errors"
 
 lint: $(VENV)/.installed-lint  ## ruff

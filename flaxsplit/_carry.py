@@ -13,13 +13,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ._checks import checked
 from ._describe import Difference, alike, describe, differences, is_array, keyed_leaves, kind_of, plain, shorten, strong
 from ._errors import CollectionError, SignatureError, StateDriftError
-from ._types import Carry, Tree
+from ._types import AnyParams, Carry, Tree
 
 T = TypeVar("T")
 
 
 @checked
-def init_carry(params: Tree, state: Tree, tx: optax.GradientTransformation) -> Carry:
+def init_carry(params: AnyParams, state: Tree, tx: optax.GradientTransformation) -> Carry:
     """Makes the carry that a step threads.
 
     Law: it has the values of `Carry(0, params, state, tx.init(params))`, and a step gives it back in the same

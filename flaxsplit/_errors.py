@@ -16,6 +16,12 @@ class Explained(Exception):  # noqa: N818 (what errors and a warning share; neit
         fix: the corrected call.
     """
 
+    where: str
+    required: str
+    leaves: tuple[str, ...]
+    cause: str
+    fix: str
+
     def __init__(self, where: str, required: str, leaves: Sequence[str], cause: str, fix: str) -> None:
         super().__init__(where, required, leaves, cause, fix)  # all of it, so that it can be pickled
         self.where, self.required, self.leaves, self.cause, self.fix = where, required, tuple(leaves), cause, fix

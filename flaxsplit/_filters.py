@@ -14,7 +14,7 @@ from ._types import Trainable, Tree
 Path = tuple[Any, ...]
 
 
-def flatten(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def flatten(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Lists what is not a mapping by its path; an empty branch counts as a leaf, so that it survives a round trip."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:

@@ -15,11 +15,11 @@ from ._checks import checked
 from ._describe import describe, plain, wraps
 from ._errors import CollectionError, SignatureError, UntouchedStateWarning
 from ._split import check_halves, merge_state
-from ._types import ApplyFn, LinenModule, Mutable, State, Stateful, Tree
+from ._types import AnyParams, ApplyFn, LinenModule, Mutable, State, Stateful, Tree
 
 P = ParamSpec("P")
 R = TypeVar("R")
-M = TypeVar("M")
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 NoCapture = tuple[()]
 Names = str | list[str] | tuple[str, *tuple[str, ...]]
 Captured = dict[str, Any]
@@ -30,13 +30,29 @@ HIDDEN = frozenset({"rngs", "ema"})
 _MISSING = (errors.ScopeParamNotFoundError, errors.ScopeCollectionNotFound, errors.ScopeVariableNotFoundError)
 
 
-@overload
+@overload  # a method of the module's class
 def with_mutable(
-    fn: object, *, method: Callable[Concatenate[M, P], R], mutable: Mutable = ..., capture: NoCapture = ()
+    fn: ModuleT, *, method: Callable[Concatenate[ModuleT, P], R], mutable: Mutable = ..., capture: NoCapture = ()
 ) -> Stateful[P, R]: ...
 @overload
 def with_mutable(
-    fn: object, *, method: Callable[Concatenate[M, P], R], mutable: Mutable = ..., capture: Names
+    fn: ModuleT, *, method: Callable[Concatenate[ModuleT, P], R], mutable: Mutable = ..., capture: Names
+) -> Stateful[P, tuple[R, Captured]]: ...
+@overload  # bound to the module: there is no `self` to leave out
+def with_mutable(
+    fn: nn.Module, *, method: Callable[P, R], mutable: Mutable = ..., capture: NoCapture = ()
+) -> Stateful[P, R]: ...
+@overload
+def with_mutable(
+    fn: nn.Module, *, method: Callable[P, R], mutable: Mutable = ..., capture: Names
+) -> Stateful[P, tuple[R, Captured]]: ...
+@overload  # of the class again, with `module.apply`
+def with_mutable(
+    fn: ApplyFn, *, method: Callable[Concatenate[Any, P], R], mutable: Mutable = ..., capture: NoCapture = ()
+) -> Stateful[P, R]: ...
+@overload
+def with_mutable(
+    fn: ApplyFn, *, method: Callable[Concatenate[Any, P], R], mutable: Mutable = ..., capture: Names
 ) -> Stateful[P, tuple[R, Captured]]: ...
 @overload
 def with_mutable(
@@ -48,7 +64,11 @@ def with_mutable(
 ) -> Stateful[P, tuple[R, Captured]]: ...
 @overload
 def with_mutable(
-    fn: ApplyFn, *, method: str | None = None, mutable: Mutable = ..., capture: str | Sequence[str] = ()
+    fn: ApplyFn, *, method: None = None, mutable: Mutable = ..., capture: str | Sequence[str] = ()
+) -> Stateful[..., Any]: ...
+@overload
+def with_mutable(
+    fn: ApplyFn | nn.Module, *, method: str, mutable: Mutable = ..., capture: str | Sequence[str] = ()
 ) -> Stateful[..., Any]: ...
 @checked
 def with_mutable(
@@ -91,7 +111,7 @@ def with_mutable(
     captured = (capture,) if isinstance(capture, str) else tuple(capture)
 
     @wraps(*_signed(fn, method))
-    def stateful(params: Tree, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
+    def stateful(params: AnyParams, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
         check_halves("with_mutable(fn)", params, state)
         visible = {name: tree for name, tree in state.items() if name not in HIDDEN and name not in captured}
         variables = merge_state(params, visible)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from ._checks import checked
 from ._describe import Difference, describe, differences, is_array, keyed_leaves, plain, same_structure, strong
 from ._errors import StateDriftError
-from ._types import State, Stateful, Tree
+from ._types import AnyParams, State, Stateful, Tree
 
 _MOST_ROUNDS = 8
 
 
 @checked
-def settle_state(fn: Stateful[..., Any], params: Tree, state: Tree, /, *args: Any, **kwargs: Any) -> State:
+def settle_state(fn: Stateful[..., Any], params: AnyParams, state: Tree, /, *args: Any, **kwargs: Any) -> State:
     """Gives the state whose structure, shapes and dtypes `fn` returns unchanged.
 
     Law: `jax.eval_shape(fn, params, settled, *args)[1]` has the shapes and dtypes of `settled`; a settled state is

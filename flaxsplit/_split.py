@@ -7,7 +7,7 @@ from ._checks import checked
 from ._describe import describe, plain
 from ._errors import CollectionError, SignatureError
 from ._filters import choose, flatten, keyed, unflatten
-from ._types import Params, State, Trainable, Tree, Variables
+from ._types import AnyParams, Params, State, Trainable, Tree, Variables
 
 RESERVED = frozenset({"params", "batch_stats", "cache", "intermediates", "rngs", "ema"})
 """Collections that Flax or flaxsplit name themselves; used to recognise swapped arguments."""
@@ -49,7 +49,7 @@ def split_params(variables: Tree, *, trainable: Trainable | None = None) -> tupl
 
 
 @checked
-def merge_state(params: Tree, state: Tree) -> Variables:
+def merge_state(params: AnyParams, state: Tree) -> Variables:
     """Puts params and state together into Flax's variables.
 
     Law: the inverse of `split_params`. Equals `{"params": params, **state}` where no param is frozen.

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import SingleDeviceSharding
+from jaxtyping import Array, Float
 
 from ._carry import check_drift
 from ._checks import checked
 from ._describe import abstract, describe, differences, is_array, keyed_leaves, kind_of, same_structure, wraps
 from ._errors import CollectionError, SignatureError
-from ._types import AxisName, Carry, JittedStep, LossFn, Scalar, Step
+from ._types import AxisName, Carry, JittedStep, LossFn, Step
 
 C = TypeVar("C")
 AuxT = TypeVar("AuxT")
@@ -25,22 +26,22 @@ T = TypeVar("T")
 
 @overload
 def with_optimizer(
-    loss_fn: LossFn[BatchT, tuple[Scalar, AuxT]],
+    loss_fn: LossFn[BatchT, tuple[Float[Array, ""], AuxT]],
     tx: optax.GradientTransformation,
     *,
     has_aux: Literal[True],
     microbatches: int = 1,
     axis_name: AxisName | None = None,
-) -> Step[Carry, BatchT, tuple[Scalar, AuxT]]: ...
+) -> Step[Carry, BatchT, tuple[Float[Array, ""], AuxT]]: ...
 @overload
 def with_optimizer(
-    loss_fn: LossFn[BatchT, Scalar],
+    loss_fn: LossFn[BatchT, Float[Array, ""]],
     tx: optax.GradientTransformation,
     *,
     has_aux: Literal[False] = False,
     microbatches: int = 1,
     axis_name: AxisName | None = None,
-) -> Step[Carry, BatchT, Scalar]: ...
+) -> Step[Carry, BatchT, Float[Array, ""]]: ...
 @checked
 def with_optimizer(
     loss_fn: Any,

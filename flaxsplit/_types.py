@@ -6,12 +6,12 @@ Trees have plain aliases (a static checker cannot see into `PyTree[...]`); array
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import EllipsisType
-from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import jax
 import optax
-from flax.core import DenyList
-from jaxtyping import Array, Float, Int, Key, UInt32
+from flax.core import DenyList, FrozenDict
+from jaxtyping import Array, Int, Key, UInt32
 
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
@@ -22,12 +22,15 @@ BatchT = TypeVar("BatchT")
 
 Tree: TypeAlias = Mapping[str, Any]
 """A nested mapping of leaves. `Params` and `State`, which flaxsplit makes, are plain dicts."""
+if TYPE_CHECKING:
+    AnyParams: TypeAlias = Mapping[str, Any] | optax.Params
+else:  # at run time all of optax's trees would let a number pass as params
+    AnyParams = Mapping[str, Any] | FrozenDict
+"""Params as users have them: `optax.apply_updates` is typed as giving any tree at all."""
 Params: TypeAlias = dict[str, Any]
 State: TypeAlias = dict[str, Any]
 Variables: TypeAlias = dict[str, Any]
 
-Scalar: TypeAlias = Float[Array, ""]
-Counter: TypeAlias = Int[Array, ""]
 PRNGKey: TypeAlias = Key[Array, "..."] | UInt32[Array, "... key"]
 """A typed key, or a legacy uint32 one. Both work everywhere."""
 
@@ -50,7 +53,7 @@ class Carry(NamedTuple):
         opt_state: what `tx.init(params)` gave.
     """
 
-    step: Counter
+    step: Int[Array, ""]
     params: Any  # nested dicts; Any, since what `optax.apply_updates` returns is typed as any tree at all
     state: State
     opt_state: optax.OptState
@@ -69,7 +72,7 @@ class LinenModule(Protocol[P, R_co]):
 class Stateful(Protocol[P, R_co]):
     """A stateful function: `new_state` has exactly `state`'s structure, shapes and dtypes."""
 
-    def __call__(self, params: Tree, state: Tree, /, *args: P.args, **kwargs: P.kwargs) -> tuple[R_co, State]: ...
+    def __call__(self, params: AnyParams, state: Tree, /, *args: P.args, **kwargs: P.kwargs) -> tuple[R_co, State]: ...
 
 
 class ApplyFn(Protocol):
@@ -81,7 +84,7 @@ class ApplyFn(Protocol):
 StatefulT = TypeVar("StatefulT", bound=Callable[Concatenate[Any, Any, ...], tuple[Any, Any]])
 """Bounds what combinators take and give back unchanged, so that a model's own signature survives a stack of them."""
 
-LossFn: TypeAlias = Callable[[Params, State, BatchT], tuple[OutT, State]]
+LossFn: TypeAlias = Callable[[Params, State, BatchT], tuple[OutT, Tree]]
 Step: TypeAlias = Callable[[C, BatchT], tuple[C, OutT]]
 
 

@@ -9,6 +9,7 @@ import optax
 from jax import Array
 
 import flaxsplit as fs
+from tests.typing.models import Coder, Tagger
 
 
 class Model(nn.Module):
@@ -87,3 +88,66 @@ for error in (
     fs.UntouchedStateWarning("", "", [], "", ""),
 ):
     assert_type(error.leaves, tuple[str, ...])
+
+
+coder, tagger = Coder(), Tagger()
+
+
+def arguments() -> None:
+    """Positional, keyword-only and default ones, and the number of outputs."""
+    assert_type(apply(params, state, x=x), tuple[Array, dict[str, Any]])
+    assert_type(apply(params, state, x, train=True), tuple[Array, dict[str, Any]])
+    assert_type(apply(params, state, scale=2.0, x=x), tuple[Array, dict[str, Any]])
+    assert_type(fs.with_mutable(coder)(params, state, x, y=x)[0], tuple[Array, Array])
+    (first, second), new_state = fs.with_mutable(coder, mutable=["batch_stats"])(params, state, x, x)
+    assert_type(first, Array)
+    assert_type(second, Array)
+    assert_type(new_state, dict[str, Any])
+    assert_type(functools.partial(apply, params, state)(x), tuple[Array, dict[str, Any]])
+    assert_type(fs.with_mutable(tagger)(params, state, x, x > 0)[0], Array)
+    fs.with_mutable(tagger)(params, state, x, "mask")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fs.with_mutable(coder)(params, state, x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+def methods() -> None:
+    """A method of the class, bound to the module, or by its name, of which nothing is known."""
+    of_class = fs.with_mutable(coder, method=Coder.encode)
+    bound = fs.with_mutable(coder, method=coder.encode)
+    of_apply = fs.with_mutable(coder.apply, method=Coder.encode)
+    assert_type(of_class(params, state, x, depth=3)[0], Array)
+    assert_type(bound(params, state, x, depth=3)[0], Array)
+    assert_type(of_apply(params, state, x, depth=3)[0], Array)
+    assert_type(fs.with_mutable(coder, method="encode")(params, state, x, 3)[0], Any)
+    assert_type(fs.with_mutable(coder.apply, method="encode")(params, state, x, 3)[0], Any)
+    bound(params, state, x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    of_apply(params, state, x, "3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fs.with_mutable(coder, method=Model.encode)(params, state, x, 3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+def captures() -> None:
+    """The output is a pair only where sown collections are asked for."""
+    assert_type(fs.with_mutable(coder, capture=())(params, state, x, x)[0], tuple[Array, Array])
+    for sown in (fs.with_mutable(coder, capture="losses"), fs.with_mutable(coder, capture=("losses", "norms"))):
+        assert_type(sown(params, state, x, x)[0], tuple[tuple[Array, Array], dict[str, Any]])
+    of_class = fs.with_mutable(coder, method=Coder.encode, capture=["losses"])
+    bound = fs.with_mutable(coder, method=coder.encode, capture=["losses"])
+    assert_type(of_class(params, state, x, 3)[0], tuple[Array, dict[str, Any]])
+    assert_type(bound(params, state, x, 3)[0], tuple[Array, dict[str, Any]])
+    assert_type(fs.with_rngs(fs.vmap_stateful(of_class))(params, state, x, 3)[0], tuple[Array, dict[str, Any]])
+    of_class(params, state, x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+def four_around_a_model() -> None:
+    """In any order, and with a plain function among them."""
+    inner = fs.assert_max_traces(fs.vmap_stateful(fs.with_rngs(fs.with_mutable(model)), axis_name="inner"))
+    outer = fs.with_rngs(
+        fs.vmap_stateful(fs.vmap_stateful(fs.with_mutable(coder), in_axes=(0, None)), axis_name="outer")
+    )
+    assert_type(inner(params, state, x, True, scale=2.0), tuple[Array, dict[str, Any]])
+    assert_type(outer(params, state, x, x), tuple[tuple[Array, Array], dict[str, Any]])
+    assert_type(fs.settle_state(outer, params, state, x, x), dict[str, Any])
+    inner(params, state, x, training=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    inner(params, state, x, scale="2")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    outer(params, state, x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    fs.vmap_stateful(model)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+    fs.with_rngs(model)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,19 @@
+"""The training files that the type checkers read also run: for two steps, under the warnings of pytest as errors."""
+
+import importlib
+import math
+import pathlib
+
+import pytest
+
+FILES = sorted(path.stem for path in (pathlib.Path(__file__).parent / "typing" / "realistic").glob("*.py"))
+
+
+def test_there_are_ten():
+    assert len(FILES) == 10
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_realistic_file_trains(name):
+    module = importlib.import_module(f"tests.typing.realistic.{name}")
+    assert math.isfinite(module.train(steps=2))

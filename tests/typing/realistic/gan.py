@@ -1,0 +1,90 @@
+"""A generative adversarial network: two models, two optimizers, two states; the updates are written by hand."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+import flaxsplit as fs
+
+LATENT = 3
+
+
+class Generator(nn.Module):
+    features: int
+
+    @nn.compact
+    def __call__(self, z: Array, train: bool = True) -> Array:
+        h = nn.Dense(16)(z)
+        h = nn.BatchNorm(use_running_average=not train)(h)
+        return nn.Dense(self.features)(nn.relu(h))
+
+
+class Discriminator(nn.Module):
+    @nn.compact
+    def __call__(self, x: Array, train: bool = True) -> Array:
+        h = nn.leaky_relu(nn.Dense(16)(x), 0.2)
+        h = nn.BatchNorm(use_running_average=not train)(h)
+        return nn.Dense(1)(h).squeeze(-1)
+
+
+class Players(NamedTuple):
+    generator: fs.Carry
+    discriminator: fs.Carry
+
+
+generator, discriminator = Generator(features=2), Discriminator()
+generate = fs.with_mutable(generator)
+judge = fs.with_mutable(discriminator)
+tx_g, tx_d = optax.adam(1e-3, b1=0.5), optax.adam(4e-4, b1=0.5)
+
+
+def generator_loss(
+    params: dict[str, Any], state: dict[str, Any], rival: fs.Carry, z: Array
+) -> tuple[Array, dict[str, Any]]:
+    fake, state = generate(params, state, z, train=True)
+    logits, _ = judge(rival.params, rival.state, fake)
+    return nn.softplus(-logits).mean(), state
+
+
+def discriminator_loss(
+    params: dict[str, Any], state: dict[str, Any], batch: tuple[Array, Array]
+) -> tuple[Array, dict[str, Any]]:
+    real, fake = batch
+    logits, state = judge(params, state, jnp.concatenate([real, fake]))
+    sign = jnp.concatenate([-jnp.ones(len(real)), jnp.ones(len(fake))])
+    return nn.softplus(sign * logits).mean(), state
+
+
+update_discriminator = fs.with_optimizer(discriminator_loss, tx_d)
+
+
+def play(players: Players, batch: tuple[Array, Array]) -> tuple[Players, dict[str, Array]]:
+    real, z = batch
+    g, d = players
+    fake, _ = generate(g.params, g.state, z)
+    d, d_loss = update_discriminator(d, (real, fake))
+
+    (g_loss, g_state), grads = jax.value_and_grad(generator_loss, has_aux=True)(g.params, g.state, d, z)
+    updates, opt_state = tx_g.update(grads, g.opt_state, g.params)
+    g = fs.Carry(g.step + 1, optax.apply_updates(g.params, updates), g_state, opt_state)
+    return Players(g, d), {"generator": g_loss, "discriminator": d_loss}
+
+
+def train(steps: int = 2) -> float:
+    key = jax.random.key(0)
+    variables_g = generator.init(key, jnp.ones((1, LATENT)))
+    variables_d = discriminator.init(key, jnp.ones((1, 2)))
+    players = Players(
+        fs.init_carry(*fs.split_params(variables_g), tx_g), fs.init_carry(*fs.split_params(variables_d), tx_d)
+    )
+    step = fs.jit_step(play)
+    losses: dict[str, Array] = {}
+    for each in jax.random.split(key, steps):
+        real_key, z_key = jax.random.split(each)
+        real = 2.0 + jax.random.normal(real_key, (8, 2))
+        players, losses = step(players, (real, jax.random.normal(z_key, (8, LATENT))))
+    return float(losses["generator"] + losses["discriminator"])

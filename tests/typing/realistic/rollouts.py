@@ -1,0 +1,94 @@
+"""Reinforcement learning: a policy is rolled out in a scanned environment and improved by its own returns."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+import flaxsplit as fs
+
+ACTIONS, HORIZON, ENVIRONMENTS = 2, 5, 4
+
+
+class Environment(NamedTuple):
+    position: Array
+    velocity: Array
+
+
+class Trajectory(NamedTuple):
+    observation: Array
+    action: Array
+    reward: Array
+
+
+class ActorCritic(nn.Module):
+    @nn.compact
+    def __call__(self, observation: Array) -> tuple[Array, Array]:
+        h = nn.tanh(nn.Dense(8)(observation))
+        return nn.Dense(ACTIONS)(h), nn.Dense(1)(h).squeeze(-1)
+
+
+model = ActorCritic()
+policy = fs.with_mutable(model)
+tx = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(3e-3))
+
+
+def advance(environment: Environment, action: Array) -> tuple[Environment, Array]:
+    velocity = environment.velocity + 0.1 * (2.0 * action - 1.0)
+    position = environment.position + velocity
+    return Environment(position, velocity), -jnp.abs(position)
+
+
+def rollout(act: Callable[[Array], Array], start: Environment, keys: Array) -> tuple[Environment, Trajectory]:
+    def body(environment: Environment, key: Array) -> tuple[Environment, Trajectory]:
+        observation = jnp.stack(environment, axis=-1)
+        action = jax.random.categorical(key, act(observation))
+        environment, reward = advance(environment, action)
+        return environment, Trajectory(observation, action, reward)
+
+    return jax.lax.scan(body, start, keys)
+
+
+def returns(reward: Array, discount: float = 0.9) -> Array:
+    def body(later: Array, now: Array) -> tuple[Array, Array]:
+        total = now + discount * later
+        return total, total
+
+    return jax.lax.scan(body, jnp.zeros_like(reward[0]), reward, reverse=True)[1]
+
+
+def loss_fn(
+    params: dict[str, Any], state: dict[str, Any], trajectory: Trajectory
+) -> tuple[tuple[Array, dict[str, Array]], dict[str, Any]]:
+    (logits, value), state = policy(params, state, trajectory.observation)
+    target = returns(trajectory.reward)
+    chosen = -optax.softmax_cross_entropy_with_integer_labels(logits, trajectory.action)
+    actor = -(chosen * jax.lax.stop_gradient(target - value)).mean()
+    critic = optax.huber_loss(value, target).mean()
+    return (actor + 0.5 * critic, {"return": target[0].mean(), "critic": critic}), state
+
+
+update = fs.with_optimizer(loss_fn, tx, has_aux=True)
+
+
+def iteration(carry: fs.Carry, key: Array) -> tuple[fs.Carry, dict[str, Array]]:
+    def act(observation: Array) -> Array:
+        (logits, _), _ = policy(carry.params, carry.state, observation)
+        return logits
+
+    start = Environment(jax.random.normal(key, (ENVIRONMENTS,)), jnp.zeros(ENVIRONMENTS))
+    _, trajectory = rollout(act, start, jax.random.split(key, HORIZON))
+    carry, (loss, metrics) = update(carry, trajectory)
+    return carry, metrics | {"loss": loss}
+
+
+def train(steps: int = 2) -> float:
+    key = jax.random.key(0)
+    params, state = fs.split_params(model.init(key, jnp.zeros((1, 2))))
+    carry = fs.init_carry(params, state, tx)
+    carry, metrics = fs.jit_step(fs.scan_steps(iteration))(carry, jax.random.split(key, steps))
+    return float(metrics["loss"][-1])
