@@ -259,7 +259,8 @@ def _found(where: str, slots: list[_Slot], params: Tree, state: Tree) -> dict[Pa
         for path, leaf in flatten(state[name])
         if not isinstance(leaf, Mapping)
     }
-    found, wrong = {}, []
+    found: dict[Path, Any] = {}
+    wrong: list[Difference] = []
     for slot in slots:
         places = [path for path in (("params", *slot.path), ("state", *slot.place)) if path in flat]
         found |= {path: flat.pop(path) for path in places}
