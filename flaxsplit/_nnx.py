@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import Literal
 
 from ._describe import ABSENT, Difference, describe, is_array, kind_of, wraps
 from ._errors import CollectionError, SignatureError, StateDriftError
@@ -87,7 +88,8 @@ def from_nnx(
 
     Raises:
         SignatureError: `module` is not an NNX module instance with values.
-        CollectionError: `trainable` chooses nothing or what has no gradient; later, params and state do not fit.
+        CollectionError: `trainable` chooses nothing or what has no gradient; later, params and state do not fit, or
+            `__call__` writes to a param, which would be lost.
         StateDriftError: `__call__` adds or removes variables.
 
     As `nnx.split`, but a call is pure, and nothing of NNX is left in what a step carries.
@@ -102,12 +104,18 @@ def from_nnx(
     def stateful(params: Tree, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
         check_halves("from_nnx(module)", params, state)
         found = _found("fn(params, state, *args)", slots, params, state)
-        _module = nnx.merge(graphdef, jax.tree.unflatten(treedef, found.values()))
-        _out = call(_module, *args, **kwargs)
-        _, _, _slots, _leaves = _apart(_module)
-        _check_slots(dict(zip(slots, found.values(), strict=True)), dict(zip(_slots, _leaves, strict=True)))
-        kept = [(path, leaf) for path, leaf in zip(found, _leaves, strict=True) if path[0] == "state"]
-        return _out, {**state, **unflatten({path[1:]: leaf for path, leaf in kept})}
+
+        def run(_leaves: list[Any]) -> tuple[list[Any], Any]:
+            _module = nnx.merge(graphdef, jax.tree.unflatten(treedef, _leaves))
+            _out = call(_module, *args, **kwargs)
+            _, _, _slots, _new_leaves = _apart(_module)
+            _check_slots(dict(zip(slots, _leaves, strict=True)), dict(zip(_slots, _new_leaves, strict=True)))
+            return _new_leaves, _out
+
+        new_leaves, out = run([*found.values()])
+        _check_unwritten(run, found, new_leaves)
+        kept = {path[1:]: leaf for path, leaf in zip(found, new_leaves, strict=True) if path[0] == "state"}
+        return out, {**state, **unflatten(kept)}
 
     if method is None:
         stateful.__name__ = stateful.__qualname__ = type(module).__name__
@@ -148,10 +156,8 @@ def to_nnx(module: M, params: Tree, state: Tree) -> M:
     _check_module(where, module)
     check_halves(where, params, state)
     _, treedef, slots, leaves = _apart(module)
-    mine = {name: tree for name, tree in state.items() if name != "ema"}
-    found = _found(where, slots, params, mine)
-    extra = [path for path, _ in flatten(mine) if path[0] not in {slot.place[0] for slot in slots}]
-    wrong = [Difference(keyed(path, "state"), ABSENT, "in the state") for path in extra]
+    found = _found(where, slots, params, {name: tree for name, tree in state.items() if name != "ema"}, strict=True)
+    wrong: list[Difference] = []
     for (path, leaf), own in zip(found.items(), leaves, strict=True):
         if _type_of(leaf) != _type_of(own):
             wrong.append(Difference(keyed(path[1:], path[0]), describe(own), describe(leaf)))
@@ -218,7 +224,15 @@ def _trainable(trainable: Any, module: Any, leaves: Mapping[_Slot, Any]) -> set[
             fix = error.fix.replace("variables['params']", "params")
             raise type(error)(where, error.required, error.leaves, error.cause, fix) from None
         return {slot for slot in leaves if slot.path in paths}
-    matches = nnx.filterlib.to_predicate(trainable)
+    if not (callable(trainable) or trainable is ... or trainable is None or isinstance(trainable, bool | list | tuple)):
+        raise SignatureError(
+            where,
+            "one of NNX's filters, a glob, a tree of bools, or a list of these",
+            [f"trainable: {describe(trainable)}"],
+            "something else was passed",
+            "from_nnx(module, trainable=nnx.Param)",
+        )
+    matches: Any = nnx.filterlib.to_predicate(trainable)
     flat = nnx.to_flat_state(_split(module)[1])
     chosen = {slot for path, each in flat if matches(path, each) for slot in _slots(path, each)}
     if not chosen:
@@ -237,11 +251,15 @@ def _trainable(trainable: Any, module: Any, leaves: Mapping[_Slot, Any]) -> set[
 
 def _nothing_chosen(where: str, trainable: Any, leaves: Mapping[_Slot, Any]) -> CollectionError:
     shown = trainable.__name__ if isinstance(trainable, type) else describe(trainable)
-    held = sorted({slot.collection for slot in leaves})
+    held = ", ".join(sorted({repr(slot.collection) for slot in leaves}))
     return CollectionError(
         where,
         "the filter must choose at least one variable",
-        [f"{shown} matches none of {len(leaves)} arrays" if held else "the module has no variables", *held],
+        [
+            f"{shown} matches none of {len(leaves)} arrays, which are of {held}"
+            if held
+            else "the module has no variables"
+        ],
         "another type, or a path that the module does not have"
         if held
         else "a bridged module that was not initialized, or one without params",
@@ -249,9 +267,12 @@ def _nothing_chosen(where: str, trainable: Any, leaves: Mapping[_Slot, Any]) -> 
     )
 
 
-def _found(where: str, slots: list[_Slot], params: Tree, state: Tree) -> dict[Path, Any]:
-    """Looks every slot up in the half that has it, and says which. Each leaf must have a slot, each slot one leaf."""
-    collections = {slot.place[0] for slot in slots} | {"params"}
+def _found(where: str, slots: list[_Slot], params: Tree, state: Tree, strict: bool = False) -> dict[Path, Any]:
+    """Looks every slot up in the half that has it, and says which. Each leaf must have a slot, each slot one leaf.
+
+    A collection that the module knows nothing of, such as averaged weights, is let be, unless `strict`.
+    """
+    collections = {*state} if strict else {slot.place[0] for slot in slots} | {"params"}
     flat = {("params", *path): leaf for path, leaf in flatten(params) if not isinstance(leaf, Mapping)}
     flat |= {
         ("state", name, *path): leaf
@@ -276,7 +297,7 @@ def _check_fit(where: str, wrong: list[Difference]) -> None:
     if wrong:
         raise CollectionError(
             where,
-            "params and state must hold every variable of the module, and no others (module -> given)",
+            "params and state must hold each variable of the module and no other (module -> given)",
             [str(each) for each in wrong],
             "they are of another architecture, or a part was lost",
             "fn, params, state = from_nnx(module), and to_nnx with this module",
@@ -297,9 +318,39 @@ def _check_slots(before: Mapping[_Slot, Any], after: Mapping[_Slot, Any]) -> Non
         "a call must leave the module with the variables that it had",
         [str(each) for each in come + gone],
         "self.sow, or a variable made in __call__",
-        "make it in __init__; for sown values from_nnx(module, method=f), where f(m, x) returns "
-        "m(x), nnx.pop(m, nnx.Intermediate)",
+        "make it in __init__, or hand it out: from_nnx(m, method=lambda m, x: (m(x), nnx.pop(m, nnx.Intermediate)))",
     )
+
+
+def _check_unwritten(run: Any, found: Mapping[Path, Any], new_leaves: list[Any]) -> None:
+    """Fails where a param was written. One that was not comes out as it went in, but for `nnx.remat` and `nnx.jit`."""
+    if all(leaf is new for (path, leaf), new in zip(found.items(), new_leaves, strict=True) if path[0] == "params"):
+        return
+    jaxpr = jax.make_jaxpr(lambda leaves: run(leaves)[0])([*found.values()]).jaxpr
+    pairs = zip(found, jaxpr.invars, jaxpr.outvars, strict=True)
+    written = [path for path, old, new in pairs if path[0] == "params" and _source(jaxpr, new) is not old]
+    if written:
+        raise CollectionError(
+            "from_nnx(trainable=...)",
+            "params are the optimizer's to change",
+            [f"{keyed(path[1:], 'params')}: written in the call" for path in written],
+            "the module keeps in a param what it computes, or the filter chooses more than params",
+            f"trainable=nnx.All(nnx.Param, nnx.Not(nnx.PathContains({written[0][-1]!r}))), so that it is state",
+        )
+
+
+def _source(jaxpr: Any, var: Any) -> Any:
+    """Follows a result back through calls that only hand it on; gives the input that it is, if it is one."""
+    made = {each: eqn for eqn in jaxpr.eqns for each in eqn.outvars}
+    while not isinstance(var, Literal) and var in made:
+        eqn = made[var]
+        inner = eqn.params.get("jaxpr")
+        inner = getattr(inner, "jaxpr", inner)  # closed in nnx.jit, open in nnx.remat
+        source: Any = None if inner is None else _source(inner, inner.outvars[eqn.outvars.index(var)])
+        if source is None or source not in inner.invars:
+            return None
+        var = eqn.invars[inner.invars.index(source)]
+    return None if isinstance(var, Literal) else var
 
 
 def _check_module(where: str, module: Any) -> None:

@@ -1,4 +1,4 @@
-"""Small NNX modules that several tests train, each with a batch, and the loop that NNX's own guide would train it by."""
+"""Small NNX modules that several tests train, each with a batch, and the loop that NNX's guide trains by."""
 
 import inspect
 from typing import Any
@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 NEW = hasattr(nnx, "List")  # flax 0.11: containers of modules are nnx.List, and streams are forked per layer
+OFF_MESH: Any = {"eager_sharding": False} if NEW else {}  # from then on a name alone wants a mesh at once
 X = jax.random.normal(jax.random.key(0), (8, 6))
 IMAGES = jax.random.normal(jax.random.key(1), (8, 6, 6, 1))
 SERIES = jax.random.normal(jax.random.key(2), (8, 5, 6))
@@ -36,11 +37,25 @@ class MLP(nnx.Module):
         self.calls = Calls(jnp.zeros((), jnp.int32))
 
     def __call__(self, x: jax.Array, *, scale: float = 1.0) -> jax.Array:
-        self.calls.value = self.calls.value + 1 if not NEW else self.calls[...] + 1
+        if NEW:
+            self.calls[...] += 1
+        else:
+            self.calls.value += 1
         return self.head(self.drop(nnx.relu(self.norm(self.first(x))))) * scale
 
     def hidden(self, x: jax.Array, width: int) -> tuple[jax.Array, int]:
         return self.first(x)[..., :width], width
+
+
+class Dropping(nnx.Module):
+    """Only dropout, and a param so that there is one."""
+
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.scale = nnx.Param(jnp.ones(()))
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.drop(x) * (self.scale[...] if NEW else self.scale.value)
 
 
 class Tied(nnx.Module):
@@ -142,7 +157,7 @@ class Placed(nnx.Module):
     """Variables that say how they are to be sharded."""
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
-        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"), **OFF_MESH)
         self.linear = nnx.Linear(6, 8, kernel_init=init, rngs=rngs)
         self.head = nnx.Linear(8, 2, rngs=rngs)
 
@@ -217,20 +232,22 @@ def loss_of(out: jax.Array) -> jax.Array:
     return jnp.mean((out - jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)) ** 2)
 
 
-def train(model: Any, x: jax.Array, tx: optax.GradientTransformation, wrt: Any, steps: int) -> tuple[Any, Any]:
-    """Trains as NNX's own guide does; gives the losses, and the first gradients as NNX gives them."""
+def gradient(model: Any, x: jax.Array, wrt: Any) -> Any:
+    """The gradients as NNX gives them."""
+    diff = nnx.DiffState(0, wrt)
+    return nnx.jit(lambda model, x: nnx.grad(lambda model: loss_of(model(x)), argnums=diff)(model))(model, x)
+
+
+def train(model: Any, x: jax.Array, tx: optax.GradientTransformation, wrt: Any, steps: int) -> list[Any]:
+    """Trains as NNX's own guide does; gives the losses."""
     optimizer = nnx.Optimizer(model, tx, wrt=wrt)
-    with_model = (
-        len(inspect.signature(optimizer.update).parameters) > 2
-        or "model" in inspect.signature(optimizer.update).parameters
-    )
+    takes_model = "model" in inspect.signature(optimizer.update).parameters  # flax 0.11
 
     @nnx.jit
     def train_step(model: Any, optimizer: Any, x: jax.Array) -> Any:
         diff = nnx.DiffState(0, wrt)
         loss, grads = nnx.value_and_grad(lambda model: loss_of(model(x)), argnums=diff)(model)
-        optimizer.update(model, grads) if with_model else optimizer.update(grads)
-        return loss, grads
+        optimizer.update(model, grads) if takes_model else optimizer.update(grads)
+        return loss
 
-    outs = [train_step(model, optimizer, x) for _ in range(steps)]
-    return [loss for loss, _ in outs], outs[0][1]
+    return [train_step(model, optimizer, x) for _ in range(steps)]
