@@ -224,7 +224,7 @@ def _trainable(trainable: Any, module: Any, leaves: Mapping[_Slot, Any]) -> set[
             fix = error.fix.replace("variables['params']", "params")
             raise type(error)(where, error.required, error.leaves, error.cause, fix) from None
         return {slot for slot in leaves if slot.path in paths}
-    if not (callable(trainable) or trainable is ... or trainable is None or isinstance(trainable, bool | list | tuple)):
+    if not _is_filter(trainable):
         raise SignatureError(
             where,
             "one of NNX's filters, a glob, a tree of bools, or a list of these",
@@ -247,6 +247,10 @@ def _trainable(trainable: Any, module: Any, leaves: Mapping[_Slot, Any]) -> set[
             "trainable=nnx.All(nnx.Param, ...) with the filter for ...",
         )
     return chosen
+
+
+def _is_filter(trainable: Any) -> bool:
+    return callable(trainable) or trainable in (..., None, True, False, [], ())
 
 
 def _nothing_chosen(where: str, trainable: Any, leaves: Mapping[_Slot, Any]) -> CollectionError:
@@ -344,10 +348,12 @@ def _source(jaxpr: Any, var: Any) -> Any:
     made = {each: eqn for eqn in jaxpr.eqns for each in eqn.outvars}
     while not isinstance(var, Literal) and var in made:
         eqn = made[var]
-        inner = eqn.params.get("jaxpr")
-        inner = getattr(inner, "jaxpr", inner)  # closed in nnx.jit, open in nnx.remat
-        source: Any = None if inner is None else _source(inner, inner.outvars[eqn.outvars.index(var)])
-        if source is None or source not in inner.invars:
+        called = eqn.params.get("jaxpr")
+        inner: Any = getattr(called, "jaxpr", called)  # closed in nnx.jit, open in nnx.remat
+        if inner is None:
+            return None
+        source = _source(inner, inner.outvars[eqn.outvars.index(var)])
+        if source not in inner.invars:
             return None
         var = eqn.invars[inner.invars.index(source)]
     return None if isinstance(var, Literal) else var

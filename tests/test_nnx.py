@@ -1,6 +1,8 @@
 """NNX modules trained through flaxsplit against NNX's own loop, and what from_nnx and to_nnx promise."""
 
 import inspect
+import pathlib
+import re
 import textwrap
 from typing import Any
 
@@ -535,3 +537,28 @@ def test_another_shape_and_a_leaf_in_both_halves():
       fix: fn, params, state = from_nnx(module), and to_nnx with this module
     """)
     assert_equal(leaves_of(model), before)
+
+
+# ---- the page
+
+
+PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "nnx.md").read_text()
+BLOCKS = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", PAGE, re.DOTALL))
+
+
+def test_all_code_of_the_page_is_run():
+    assert BLOCKS.keys() == {"before", "after", "modes"}
+    assert PAGE.count("```python") == len(BLOCKS)
+
+
+@pytest.mark.skipif(not m.NEW, reason="before flax 0.11 nnx.Optimizer.update took the gradients alone")
+def test_before_and_after_are_the_same_bit_for_bit():
+    names: dict[str, Any] = {}
+    exec(BLOCKS["before"], names)  # noqa: S102 (the page's own code)
+    loss = names["loss"]
+    exec(BLOCKS["after"], names)  # noqa: S102
+    assert_equal(names["loss"], loss)
+    assert_equal(leaves_of(names["trained"]), leaves_of(names["model"]))
+    exec(BLOCKS["modes"], names)  # noqa: S102
+    names["model"].eval()
+    assert_equal(names["pred"], names["model"](names["x"]))
