@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import EllipsisType
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar, overload
 
@@ -90,7 +90,7 @@ def from_nnx(
         SignatureError: `module` is not an NNX module instance with values.
         CollectionError: `trainable` chooses nothing or what has no gradient; later, params and state do not fit, or
             `__call__` writes to a param, which would be lost.
-        StateDriftError: `__call__` adds or removes variables.
+        StateDriftError: `__call__` adds or removes variables, or changes a Python attribute.
 
     As `nnx.split`, but a call is pure, and nothing of NNX is left in what a step carries.
     """
@@ -108,8 +108,10 @@ def from_nnx(
         def run(_leaves: list[Any]) -> tuple[list[Any], Any]:
             _module = nnx.merge(graphdef, jax.tree.unflatten(treedef, _leaves))
             _out = call(_module, *args, **kwargs)
-            _, _, _slots, _new_leaves = _apart(_module)
+            _graphdef, _, _slots, _new_leaves = _apart(_module)
             _check_slots(dict(zip(slots, _leaves, strict=True)), dict(zip(_slots, _new_leaves, strict=True)))
+            if _graphdef != graphdef:
+                _raise_changed(nnx.merge(graphdef, jax.tree.unflatten(treedef, _leaves)), _module)
             return _new_leaves, _out
 
         new_leaves, out = run([*found.values()])
@@ -324,6 +326,26 @@ def _check_slots(before: Mapping[_Slot, Any], after: Mapping[_Slot, Any]) -> Non
         "self.sow, or a variable made in __call__",
         "make it in __init__, or hand it out: from_nnx(m, method=lambda m, x: (m(x), nnx.pop(m, nnx.Intermediate)))",
     )
+
+
+def _raise_changed(before: Any, after: Any) -> None:
+    """Names the Python attributes that a call changed. NNX would compile again for each of their values."""
+    old, new = dict(_attributes(before)), dict(_attributes(after))
+    paths = [path for path in old | new if old.get(path, ABSENT) != new.get(path, ABSENT)]
+    raise StateDriftError(
+        "from_nnx(module)",
+        "a call must leave the module's attributes as they were",
+        [f"{path}: {old.get(path, ABSENT)} -> {new.get(path, ABSENT)}" for path in paths] or ["the graph of modules"],
+        "a counter or a mode kept in a Python attribute",
+        "keep it in a variable, nnx.Variable(jnp.zeros((), jnp.int32)); change modes before from_nnx",
+    )
+
+
+def _attributes(module: Any) -> Iterator[tuple[str, str]]:
+    for path, node in nnx.iter_graph(module):
+        for name, value in vars(node).items() if isinstance(node, nnx.Module) else ():
+            if isinstance(value, int | float | str | None):
+                yield ".".join(map(str, ("module", *path, name))), repr(value)
 
 
 def _check_unwritten(run: Any, found: Mapping[Path, Any], new_leaves: list[Any]) -> None:

@@ -209,6 +209,19 @@ def test_what_a_call_adds_can_be_popped():
     assert state == {}
 
 
+@pytest.mark.skipif(not hasattr(nnx, "capture"), reason="flax 0.12.4 has nnx.capture")
+def test_what_is_sown_can_be_captured():
+    class Sowing(Sower):
+        def __call__(self, x):
+            self.sow(nnx.Intermediate, "seen", x)
+            return x
+
+    fn, params, state = fs.from_nnx(Sowing(), method=lambda model, x: nnx.capture(model, nnx.Intermediate)(x))
+    (_, sown), state = fn(params, state, jnp.ones(3))
+    assert (jax.tree.leaves(sown)[0] == 1).all()
+    assert state == {}
+
+
 class Odd(nnx.Module):
     """A value that is a tree, an empty one, and a stream of its own."""
 
@@ -486,6 +499,35 @@ def test_a_variable_made_in_the_call():
         state['intermediates']['seen']: absent -> f32[3]
       likely cause: self.sow, or a variable made in __call__
       fix: make it in __init__, or hand it out: from_nnx(m, method=lambda m, x: (m(x), nnx.pop(m, nnx.Intermediate)))
+    """)
+
+
+class Counter(nnx.Module):
+    """Counts its calls in a Python number, down in a module of it."""
+
+    def __init__(self) -> None:
+        self.inner, self.w = Dull(), nnx.Param(jnp.ones(3))
+
+    def __call__(self, x: Any) -> Any:
+        self.inner.calls += 1
+        return x
+
+
+class Dull(nnx.Module):
+    """Holds a Python number."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+def test_an_attribute_changed_in_the_call():
+    fn, params, state = fs.from_nnx(Counter())
+    assert fails(fs.StateDriftError, fn, params, state, jnp.ones(3)) == whole("""
+    from_nnx(module): a call must leave the module's attributes as they were
+      got:
+        module.inner.calls: 0 -> 1
+      likely cause: a counter or a mode kept in a Python attribute
+      fix: keep it in a variable, nnx.Variable(jnp.zeros((), jnp.int32)); change modes before from_nnx
     """)
 
 
