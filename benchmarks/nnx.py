@@ -14,7 +14,7 @@ from flax import nnx
 
 import flaxsplit as fs
 
-from ._measure import AGAIN, HAND, OURS, Effort, Row, Tell, timed
+from ._measure import AGAIN, HAND, OURS, Effort, Row, Run, Tell, timed
 from ._models import Stepper, batch_of, copy, loss_of
 
 STEPS = 20
@@ -61,7 +61,8 @@ def flat(tree: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
 
 def by_hand(tx: optax.GradientTransformation, x: Any) -> tuple[Any, fs.Carry]:
     """The functional API of NNX inside a plain `jax.jit`, over flat dicts of arrays; the step and its carry."""
-    graphdef, params, stats = nnx.split(DenseNorm(rngs=nnx.Rngs(0)), nnx.Param, ...)
+    split: Any = nnx.split  # its types are too narrow for mypy
+    graphdef, params, stats = split(DenseNorm(rngs=nnx.Rngs(0)), nnx.Param, ...)
 
     def names(state: Any) -> dict[str, Any]:
         return {"/".join(path): leaf for path, leaf in flat(nnx.to_pure_dict(state)).items()}
@@ -79,7 +80,7 @@ def by_hand(tx: optax.GradientTransformation, x: Any) -> tuple[Any, fs.Carry]:
         def objective(params: Any) -> Any:
             model = nnx.merge(graphdef, pure(params), pure(stats))
             loss = loss_of(model(batch[0]), batch[1])
-            return loss, names(nnx.split(model, nnx.Param, ...)[2])
+            return loss, names(split(model, nnx.Param, ...)[2])
 
         (loss, stats), grads = jax.value_and_grad(objective, has_aux=True)(params)
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -120,7 +121,7 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     step, our_carry = ours(tx)
     whole, model, optimizer = nnx_step(tx)
     cached, *held = nnx_step(tx)
-    contenders = {
+    contenders: dict[str, Run] = {
         HAND: Stepper(jax.jit(hand, donate_argnums=0), copy(carry), batch, STEPS),
         AGAIN: Stepper(jax.jit(lambda carry, batch: hand(carry, batch), donate_argnums=0), copy(carry), batch, STEPS),
         OURS: Stepper(fs.jit_step(step), our_carry, batch, STEPS),

@@ -60,7 +60,8 @@ def trained(make: Any, x: Any, tx: Any, wrt: Any) -> tuple[nnx.Module, Any, Any]
     loss_fn = loss_fn_of(fn)
     grads = jax.jit(jax.grad(loss_fn, has_aux=True))(params, state, x)[0]
     carry = fs.init_carry(params, state, tx)
-    step = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(loss_fn, tx)))
+    # not donated, as NNX's loop is not: XLA may fuse otherwise where it may reuse buffers, and round otherwise
+    step = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(loss_fn, tx)), donate=False)
     losses = []
     with fs.compile_log() as log:
         for _ in range(STEPS):
