@@ -245,6 +245,40 @@ def test_a_value_may_be_a_tree():
     fs.to_nnx(model, params, state)
 
 
+class Average(nnx.Variable):
+    """Registered under a name that flaxsplit gives a meaning of its own."""
+
+
+nnx.register_variable_name("ema", Average)
+
+
+def test_a_collection_of_the_modules_own_is_not_taken_for_ours():
+    model = m.Dropping(rngs=m.rngs())
+    model.average = Average(jnp.ones(2))
+    assert "ema_" in fs.from_nnx(model)[2]
+
+
+def test_a_kind_of_param_that_is_not_trained_is_a_frozen_param():
+    _, params, state = fs.from_nnx(m.Adapted(rngs=m.rngs()), trainable="body/kernel")
+    assert shapes(params) == {"body": {"kernel": (6, 8)}}
+    assert {"lora_a", "lora_b"} <= {name for path, _ in flatten(state["params"]) for name in path}
+
+
+def test_every_key_is_a_string():
+    _, params, _ = fs.from_nnx(m.Containers(rngs=m.rngs()))
+    assert {type(name) for path, _ in flatten(params) for name in path} == {str}
+    assert "10" in params["many"]
+
+
+@pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="flax 0.12 has two modes")
+def test_shared_variables_are_taken_in_tree_mode_too():
+    model = m.Tied(rngs=m.rngs())
+    with nnx.set_graph_mode(False):
+        fn, params, state = fs.from_nnx(model)
+        out, _ = fn(params, state, m.WORDS)
+    assert_equal(out, model(m.WORDS))
+
+
 # ---- which params
 
 
