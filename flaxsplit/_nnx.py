@@ -392,7 +392,7 @@ def _check_module(where: str, module: Any) -> None:
         came, cause, fix = f"the class {module.__name__}", "the module was not constructed", f"{module.__name__}(...)"
     elif isinstance(module, nn.Module):
         came, cause = f"{type(module).__name__}, a Linen module", "it belongs to Flax's other API"
-        fix = "with_mutable(module), or nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0))"
+        fix = "with_mutable(module), or nnx.bridge.lazy_init(nnx.bridge.ToNNX(module, rngs=rngs), x)"
     else:
         came, cause = describe(module), "what nnx.split returns was passed, or another object"
         fix = "from_nnx(nnx.merge(graphdef, state))"

@@ -447,7 +447,7 @@ def test_a_linen_module():
       got:
         module: Linen, a Linen module
       likely cause: it belongs to Flax's other API
-      fix: with_mutable(module), or nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0))
+      fix: with_mutable(module), or nnx.bridge.lazy_init(nnx.bridge.ToNNX(module, rngs=rngs), x)
     """)
 
 
@@ -485,6 +485,7 @@ def test_a_bridged_module_without_variables():
       likely cause: a bridged module that was not initialized, or one without params
       fix: from_nnx(nnx.bridge.lazy_init(module, x))
     """)
+    assert "Dense_0" in fs.from_nnx(nnx.bridge.lazy_init(nnx.bridge.ToNNX(m.Linen(), rngs=m.rngs()), m.X))[1]
 
 
 def test_a_filter_that_leaves_no_params():
