@@ -15,7 +15,7 @@ from rich.table import Table
 
 from . import _measure as m
 
-CLAIMS = ("dispatch", "scan", "tracing", "memory", "vmap", "accumulation", "imports")
+CLAIMS = ("dispatch", "scan", "tracing", "memory", "vmap", "accumulation", "imports", "nnx")
 HERE = pathlib.Path(__file__).parent
 console = Console()
 

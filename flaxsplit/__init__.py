@@ -9,6 +9,8 @@ from ._errors import StateDriftError as StateDriftError
 from ._errors import UnsyncedStateError as UnsyncedStateError
 from ._errors import UntouchedStateWarning as UntouchedStateWarning
 from ._mutable import with_mutable as with_mutable
+from ._nnx import from_nnx as from_nnx
+from ._nnx import to_nnx as to_nnx
 from ._rngs import rng_state as rng_state
 from ._rngs import with_rngs as with_rngs
 from ._settle import settle_state as settle_state

@@ -1,5 +1,6 @@
 """PRNG streams are state: drawn from at each call, advanced with the rest."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -90,8 +91,17 @@ def with_rngs(fn: StatefulT) -> StatefulT:
 
 def draw(rngs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits every stream into what it goes on with and the key for this call."""
-    pairs = {name: jax.random.split(key) for name, key in rngs.items()}
+    pairs = {name: split_key(key, 2) for name, key in rngs.items()}
     return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
+
+
+def split_key(key: Any, count: int) -> Any:
+    """As `jax.random.split`, but takes stacked keys too, such as one per layer; the new axis comes first."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    split: Any = functools.partial(jax.random.split, num=count)
+    for _ in key.shape if typed else key.shape[1:]:
+        split = jax.vmap(split, out_axes=1)
+    return split(key)
 
 
 def _check_rngs(state: Tree, kwargs: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from jax.custom_batching import custom_vmap
 from ._checks import checked
 from ._describe import describe, differences, keyed_leaves, shorten, wraps
 from ._errors import CollectionError, SignatureError, StateDriftError, UnsyncedStateError
-from ._rngs import draw
+from ._rngs import draw, split_key
 from ._split import check_halves
 from ._types import Axes, State, StatefulT, Tree
 
@@ -119,7 +119,7 @@ def _lane_keys(rngs: tuple[Any, ...], split: bool | Mapping[str, bool], size: in
     def wanted(name: str) -> bool:
         return split if isinstance(split, bool) else split.get(name, True)
 
-    keys = [{name: jax.random.split(key, size) if wanted(name) else key for name, key in each.items()} for each in rngs]
+    keys = [{name: split_key(key, size) if wanted(name) else key for name, key in each.items()} for each in rngs]
     return tuple(keys), tuple({name: 0 if wanted(name) else None for name in each} for each in rngs)
 
 

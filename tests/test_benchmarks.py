@@ -8,7 +8,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-CLAIMS = ["dispatch", "scan", "tracing", "memory", "vmap", "accumulation", "imports"]
+CLAIMS = ["dispatch", "scan", "tracing", "memory", "vmap", "accumulation", "imports", "nnx"]
 
 
 def run(*arguments):

@@ -6,6 +6,7 @@ from typing import Any, assert_type
 import flax.linen as nn
 import jax
 import optax
+from flax import nnx
 from jax import Array
 
 import flaxsplit as fs
@@ -36,6 +37,37 @@ assert_type(fs.with_mutable(model, method=Model.encode)(params, state, x, 3)[0],
 assert_type(fs.with_mutable(model, capture="intermediates")(params, state, x)[0], tuple[Array, dict[str, Any]])
 assert_type(fs.with_mutable(model.apply)(params, state, x)[0], Any)
 assert_type(fs.with_mutable(functools.partial(model.apply, train=True))(params, state, x)[0], Any)
+
+
+class Net(nnx.Module):
+    """The same in NNX."""
+
+    def __call__(self, x: Array, *, scale: float = 1.0) -> Array:
+        return x
+
+    def encode(self, x: Array, depth: int) -> tuple[Array, Array]:
+        return x, x
+
+
+def last(net: Net, x: Array) -> int:
+    return 0
+
+
+net = Net()
+fn, net_params, net_state = fs.from_nnx(net, trainable=nnx.All(nnx.Param, nnx.PathContains("head")))
+assert_type(fn(net_params, net_state, x, scale=2.0), tuple[Array, dict[str, Any]])
+assert_type(net_params, dict[str, Any])
+assert_type(fs.from_nnx(net, trainable=nnx.LoRAParam)[2], dict[str, Any])
+assert_type(fs.from_nnx(net, trainable=["head/*", nnx.Param])[0](net_params, net_state, x)[0], Array)
+assert_type(fs.from_nnx(net, trainable=lambda path, variable: path[0] == "head")[0](net_params, net_state, x)[0], Array)
+assert_type(fs.from_nnx(net, method=Net.encode)[0](net_params, net_state, x, 3)[0], tuple[Array, Array])
+assert_type(fs.from_nnx(net, method=last)[0](net_params, net_state, x)[0], int)
+assert_type(fs.to_nnx(net, net_params, net_state), Net)
+assert_type(fs.vmap_stateful(fn)(net_params, net_state, x)[0], Array)
+fn(net_params, net_state, x, scale="2")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+fn(net_params, net_state)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+fs.from_nnx(Net)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+fs.from_nnx(model)  # pyright: ignore[reportArgumentType]
 
 stacked = fs.with_rngs(fs.vmap_stateful(fs.with_mutable(model, mutable=False), axis_name="batch"))
 assert_type(stacked(params, state | fs.rng_state(dropout=jax.random.key(0)), x, train=True)[0], Array)

@@ -1,0 +1,424 @@
+"""NNX modules as stateful functions over plain dicts, so that a step over them is dispatched by `jax.jit` alone."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from types import EllipsisType
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar, overload
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import Literal
+
+from ._describe import ABSENT, Difference, describe, is_array, kind_of, wraps
+from ._errors import CollectionError, SignatureError, StateDriftError
+from ._filters import Path, choose, flatten, joined, keyed, unflatten
+from ._mutable import HIDDEN
+from ._split import check_halves
+from ._types import Params, State, Stateful, Trainable, Tree
+
+P = ParamSpec("P")
+M = TypeVar("M")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+NnxTrainable: TypeAlias = Trainable | type | Callable[[Any, Any], bool] | EllipsisType | bool
+"""One of NNX's filters, a glob, a tree of bools, or a sequence of these. A callable is NNX's: `(path, variable)`."""
+
+
+class NnxModule(Protocol[P, R_co]):
+    """An NNX module, seen through the signature of its own `__call__`."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+    def eval(self, **attributes: Any) -> Any: ...  # keeps Linen modules out; mypy sees their __getattr__ and does not
+
+    def sow(
+        self, variable_type: Any, name: str, value: Any
+    ) -> Any: ...  # keeps classes out: there it lacks an argument
+
+
+class _Slot(NamedTuple):
+    """One array of a module: where it is among the params, and where in the state if it is not one of them."""
+
+    path: Path
+    collection: str
+
+    @property
+    def place(self) -> Path:
+        """The path in the state. Keys lie flat, as `rng_state` makes them, so that `vmap_stateful` can split them."""
+        return ("rngs", joined(self.path)) if self.collection == "rngs" else (self.collection, *self.path)
+
+
+@overload
+def from_nnx(
+    module: M, *, trainable: NnxTrainable = ..., method: Callable[Concatenate[M, P], R]
+) -> tuple[Stateful[P, R], Params, State]: ...
+@overload
+def from_nnx(
+    module: NnxModule[P, R], *, trainable: NnxTrainable = ..., method: None = None
+) -> tuple[Stateful[P, R], Params, State]: ...
+def from_nnx(
+    module: Any, *, trainable: Any = nnx.Param, method: Any = None
+) -> tuple[Stateful[..., Any], Params, State]:
+    """Takes an NNX module apart into a stateful function, its params and its state.
+
+    Law: `fn(params, state, x)` is `module(x)`, and `to_nnx(module, params, new_state)` leaves the module as that call
+    would have. Equals `nnx.split(module)`, and `nnx.merge` inside `fn`, with plain dicts for `nnx.State`.
+
+    >>> import jax, flaxsplit as fs
+    >>> from flax import nnx
+    >>> model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    >>> fn, params, state = fs.from_nnx(model)
+    >>> sorted(params), sorted(state["batch_stats"])
+    (['bias', 'scale'], ['mean', 'var'])
+    >>> out, state = fn(params, state, jax.numpy.ones((8, 3)))
+    >>> out.shape
+    (8, 3)
+
+    Args:
+        module: an instance. It is only read; its mode (`train()`, `eval()`) is that of `fn` for good.
+        trainable: the params to optimize: one of NNX's filters, where a callable takes `(path, variable)`; or, among
+            the variables of type `nnx.Param`, a glob on the `/`-joined path, a tree of bools; or a list of these.
+        method: a method, or any function of the module and further arguments, to run instead of `__call__`.
+
+    Returns:
+        `(fn, params, state)`. The state is `{collection: tree}`, the collections named as NNX names the types of
+        variables (`batch_stats`, `cache`; a type of your own by its class). Params not chosen are in
+        `state['params']`, the keys of RNG streams in `state['rngs']`, by path, and their counts in
+        `state['rng_counts']`. Shared variables occur once, at their first path.
+
+    Raises:
+        SignatureError: `module` is not an NNX module instance with values.
+        CollectionError: `trainable` chooses nothing or what has no gradient; later, params and state do not fit, or
+            `__call__` writes to a param, which would be lost.
+        StateDriftError: `__call__` adds or removes variables, or changes a Python attribute.
+
+    As `nnx.split`, but a call is pure, and nothing of NNX is left in what a step carries.
+    """
+    _check_module("from_nnx(module)", module)
+    graphdef, treedef, slots, leaves = _apart(module)
+    _check_concrete(slots, leaves)
+    chosen = _trainable(trainable, module, dict(zip(slots, leaves, strict=True)))
+    call = getattr(method, "__func__", method) or type(module).__call__  # a bound method brings its module along
+
+    @wraps(call, ("params", "state"), 1)
+    def stateful(params: Tree, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
+        check_halves("from_nnx(module)", params, state)
+        found = _found("fn(params, state, *args)", slots, params, state)
+
+        def run(_leaves: list[Any]) -> tuple[list[Any], Any]:
+            _module = nnx.merge(graphdef, jax.tree.unflatten(treedef, _leaves))
+            _out = call(_module, *args, **kwargs)
+            _graphdef, _, _slots, _new_leaves = _apart(_module)
+            _check_slots(dict(zip(slots, _leaves, strict=True)), dict(zip(_slots, _new_leaves, strict=True)))
+            if _graphdef != graphdef:
+                _raise_changed(nnx.merge(graphdef, jax.tree.unflatten(treedef, _leaves)), _module)
+            return _new_leaves, _out
+
+        new_leaves, out = run([*found.values()])
+        _check_unwritten(run, found, new_leaves)
+        kept = {path[1:]: leaf for path, leaf in zip(found, new_leaves, strict=True) if path[0] == "state"}
+        return out, {**state, **unflatten(kept)}
+
+    if method is None:
+        stateful.__name__ = stateful.__qualname__ = type(module).__name__
+    params = {slot.path: leaf for slot, leaf in zip(slots, leaves, strict=True) if slot in chosen}
+    state = {slot.place: leaf for slot, leaf in zip(slots, leaves, strict=True) if slot not in chosen}
+    return stateful, unflatten(params), unflatten(state)
+
+
+def to_nnx(module: M, params: Tree, state: Tree) -> M:
+    """Writes params and state back into an NNX module.
+
+    Law: the inverse of `from_nnx`: what it gave, `to_nnx(module, params, state)` writes back, and changes nothing.
+    Equals `nnx.update(module, ...)`.
+
+    >>> import jax, flaxsplit as fs
+    >>> from flax import nnx
+    >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    >>> fn, params, state = fs.from_nnx(model)
+    >>> trained = jax.tree.map(jax.numpy.zeros_like, params)
+    >>> fs.to_nnx(model, trained, state)(jax.numpy.ones(2))
+    Array([0., 0., 0.], dtype=float32)
+
+    Args:
+        module: the module that `from_nnx` took, or another of the same architecture. It is changed in place.
+        params: as from `from_nnx`, trained; or averaged: `carry.state['ema']`.
+        state: the state beside them. An `'ema'` in it is not written.
+
+    Returns:
+        The module, with buffers of its own: a donated step deletes nothing of it.
+
+    Raises:
+        SignatureError: `module` is not an NNX module instance.
+        CollectionError: the leaves are not those of the module, or of another shape or dtype; names every one.
+
+    As `nnx.update`, but every leaf must have its place, and every place its leaf.
+    """
+    where = "to_nnx(module, params, state)"
+    _check_module(where, module)
+    check_halves(where, params, state)
+    _, treedef, slots, leaves = _apart(module)
+    found = _found(where, slots, params, {name: tree for name, tree in state.items() if name != "ema"}, strict=True)
+    wrong: list[Difference] = []
+    for (path, leaf), own in zip(found.items(), leaves, strict=True):
+        if _type_of(leaf) != _type_of(own):
+            wrong.append(Difference(keyed(path[1:], path[0]), describe(own), describe(leaf)))
+    _check_fit(where, wrong)
+    nnx.update(module, jax.tree.unflatten(treedef, [jnp.array(leaf, copy=True) for leaf in found.values()]))
+    return module
+
+
+def _apart(module: Any) -> tuple[Any, Any, list[_Slot], list[Any]]:
+    """Splits a module into its graph, the structure of its `nnx.State`, and its arrays with the place of each."""
+    graphdef, state = _split(module)
+    leaves, treedef = jax.tree.flatten(state)
+    return graphdef, treedef, [slot for path, each in nnx.to_flat_state(state) for slot in _slots(path, each)], leaves
+
+
+# Always by graph, which takes shared variables; flax < 0.11.3 has no other way and no such argument.
+_split: Any = nnx.split
+if "graph" in inspect.signature(nnx.split).parameters:
+    _split = functools.partial(nnx.split, graph=True)
+
+
+def _slots(path: Path, variable: Any) -> list[_Slot]:
+    """Lists the arrays of one variable: mostly one, at its own path; more where its value is a tree."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(variable)
+    inner = [tuple(_bare(key) for key in keys[1:]) for keys, _ in pairs]  # the first is Variable's own `.value`
+    return [_Slot((*map(str, path), *keys), _collection(_kind(variable))) for keys in inner]
+
+
+def _bare(key: Any) -> str:
+    return str(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)))
+
+
+def _kind(variable: Any) -> type:
+    """The type of a variable; flax < 0.11 keeps it in a `VariableState`."""
+    return type(variable) if isinstance(variable, nnx.Variable) else getattr(variable, "type", type(variable))
+
+
+def _collection(kind: type) -> str:
+    if issubclass(kind, nnx.Param):  # a kind of Param that is not trained is a frozen param
+        return "params"
+    if issubclass(kind, nnx.RngKey):
+        return "rngs"
+    if issubclass(kind, nnx.RngCount):
+        return "rng_counts"
+    if not issubclass(kind, nnx.Variable):
+        return "arrays"
+    try:
+        name = nnx.variable_name_from_type(kind)
+    except ValueError:  # a type that nobody registered
+        name = kind.__name__
+    return f"{name}_" if name in HIDDEN else name
+
+
+def _trainable(trainable: Any, module: Any, leaves: Mapping[_Slot, Any]) -> set[_Slot]:
+    """Gives the slots that a filter of NNX's or of ours chooses. Each filter of a list must choose something."""
+    where = "from_nnx(trainable=...)"
+    if isinstance(trainable, list | tuple) and trainable:
+        return set().union(*(_trainable(each, module, leaves) for each in trainable))
+    if isinstance(trainable, str | Mapping):
+        params = {slot.path: leaf for slot, leaf in leaves.items() if slot.collection == "params"}
+        try:
+            paths = choose(trainable, params)
+        except (CollectionError, SignatureError) as error:
+            fix = error.fix.replace("variables['params']", "params")
+            raise type(error)(where, error.required, error.leaves, error.cause, fix) from None
+        return {slot for slot in leaves if slot.path in paths}
+    if not _is_filter(trainable):
+        raise SignatureError(
+            where,
+            "one of NNX's filters, a glob, a tree of bools, or a list of these",
+            [f"trainable: {describe(trainable)}"],
+            "something else was passed",
+            "from_nnx(module, trainable=nnx.Param)",
+        )
+    matches: Any = nnx.filterlib.to_predicate(trainable)
+    flat = nnx.to_flat_state(_split(module)[1])
+    chosen = {slot for path, each in flat if matches(path, each) for slot in _slots(path, each)}
+    if not chosen:
+        raise _nothing_chosen(where, trainable, leaves)
+    rigid = [slot for slot in leaves if slot in chosen and not _is_inexact(leaves[slot])]
+    if rigid:
+        raise CollectionError(
+            where,
+            "every param must be differentiable: of a floating or complex dtype",
+            [f"{joined(slot.path)}: {describe(leaves[slot])}, of {slot.collection!r}" for slot in rigid],
+            "the filter chooses more than params",
+            "trainable=nnx.All(nnx.Param, ...) with the filter for ...",
+        )
+    return chosen
+
+
+def _is_filter(trainable: Any) -> bool:
+    return callable(trainable) or trainable in (..., None, True, False, [], ())
+
+
+def _nothing_chosen(where: str, trainable: Any, leaves: Mapping[_Slot, Any]) -> CollectionError:
+    shown = trainable.__name__ if isinstance(trainable, type) else describe(trainable)
+    held = ", ".join(sorted({repr(slot.collection) for slot in leaves}))
+    return CollectionError(
+        where,
+        "the filter must choose at least one variable",
+        [
+            f"{shown} matches none of {len(leaves)} arrays, which are of {held}"
+            if held
+            else "the module has no variables"
+        ],
+        "another type, or a path that the module does not have"
+        if held
+        else "a bridged module that was not initialized, or one without params",
+        "from_nnx(module, trainable=nnx.Param)" if held else "from_nnx(nnx.bridge.lazy_init(module, x))",
+    )
+
+
+def _found(where: str, slots: list[_Slot], params: Tree, state: Tree, strict: bool = False) -> dict[Path, Any]:
+    """Looks every slot up in the half that has it, and says which. Each leaf must have a slot, each slot one leaf.
+
+    A collection that the module knows nothing of, such as averaged weights, is let be, unless `strict`.
+    """
+    collections = {*state} if strict else {slot.place[0] for slot in slots} | {"params"}
+    flat = {("params", *path): leaf for path, leaf in flatten(params) if not isinstance(leaf, Mapping)}
+    flat |= {
+        ("state", name, *path): leaf
+        for name in state.keys() & collections
+        for path, leaf in flatten(state[name])
+        if not isinstance(leaf, Mapping)
+    }
+    found: dict[Path, Any] = {}
+    wrong: list[Difference] = []
+    for slot in slots:
+        places = [path for path in (("params", *slot.path), ("state", *slot.place)) if path in flat]
+        found |= {path: flat.pop(path) for path in places}
+        if len(places) != 1:
+            name = keyed(slot.path, "params") if slot.collection == "params" else keyed(slot.place, "state")
+            wrong.append(Difference(name, "one leaf", "in params and in state" if places else ABSENT))
+    wrong += [Difference(keyed(path[1:], path[0]), ABSENT, describe(leaf)) for path, leaf in flat.items()]
+    _check_fit(where, wrong)
+    return found
+
+
+def _check_fit(where: str, wrong: list[Difference]) -> None:
+    if wrong:
+        raise CollectionError(
+            where,
+            "params and state must hold each variable of the module and no other (module -> given)",
+            [str(each) for each in wrong],
+            "they are of another architecture, or a part was lost",
+            "fn, params, state = from_nnx(module), and to_nnx with this module",
+        )
+
+
+def _check_slots(before: Mapping[_Slot, Any], after: Mapping[_Slot, Any]) -> None:
+    if before.keys() == after.keys():
+        return
+    come = [
+        Difference(keyed(slot.place, "state"), ABSENT, describe(after[slot])) for slot in after if slot not in before
+    ]
+    gone = [
+        Difference(keyed(slot.place, "state"), describe(before[slot]), ABSENT) for slot in before if slot not in after
+    ]
+    raise StateDriftError(
+        "from_nnx(module)",
+        "a call must leave the module with the variables that it had",
+        [str(each) for each in come + gone],
+        "self.sow, or a variable made in __call__",
+        "make it in __init__, or hand it out: from_nnx(m, method=lambda m, x: (m(x), nnx.pop(m, nnx.Intermediate)))",
+    )
+
+
+def _raise_changed(before: Any, after: Any) -> None:
+    """Names the Python attributes that a call changed. NNX would compile again for each of their values."""
+    old, new = dict(_attributes(before)), dict(_attributes(after))
+    paths = [path for path in old | new if old.get(path, ABSENT) != new.get(path, ABSENT)]
+    raise StateDriftError(
+        "from_nnx(module)",
+        "a call must leave the module's attributes as they were",
+        [f"{path}: {old.get(path, ABSENT)} -> {new.get(path, ABSENT)}" for path in paths] or ["the graph of modules"],
+        "a counter or a mode kept in a Python attribute",
+        "keep it in a variable, nnx.Variable(jnp.zeros((), jnp.int32)); change modes before from_nnx",
+    )
+
+
+def _attributes(module: Any) -> Iterator[tuple[str, str]]:
+    for path, node in nnx.iter_graph(module):
+        for name, value in vars(node).items() if isinstance(node, nnx.Module) else ():
+            if isinstance(value, int | float | str | None):
+                yield ".".join(map(str, ("module", *path, name))), repr(value)
+
+
+def _check_unwritten(run: Any, found: Mapping[Path, Any], new_leaves: list[Any]) -> None:
+    """Fails where a param was written. One that was not comes out as it went in, but for `nnx.remat` and `nnx.jit`."""
+    if all(leaf is new for (path, leaf), new in zip(found.items(), new_leaves, strict=True) if path[0] == "params"):
+        return
+    jaxpr = jax.make_jaxpr(lambda leaves: run(leaves)[0])([*found.values()]).jaxpr
+    pairs = zip(found, jaxpr.invars, jaxpr.outvars, strict=True)
+    written = [path for path, old, new in pairs if path[0] == "params" and _source(jaxpr, new) is not old]
+    if written:
+        raise CollectionError(
+            "from_nnx(trainable=...)",
+            "params are the optimizer's to change",
+            [f"{keyed(path[1:], 'params')}: written in the call" for path in written],
+            "the module keeps in a param what it computes, or the filter chooses more than params",
+            f"trainable=nnx.All(nnx.Param, nnx.Not(nnx.PathContains({written[0][-1]!r}))), so that it is state",
+        )
+
+
+def _source(jaxpr: Any, var: Any) -> Any:
+    """Follows a result back through calls that only hand it on; gives the input that it is, if it is one."""
+    made = {each: eqn for eqn in jaxpr.eqns for each in eqn.outvars}
+    while not isinstance(var, Literal) and var in made:
+        eqn = made[var]
+        called = eqn.params.get("jaxpr")
+        inner: Any = getattr(called, "jaxpr", called)  # closed in nnx.jit, open in nnx.remat
+        if inner is None:
+            return None
+        source = _source(inner, inner.outvars[eqn.outvars.index(var)])
+        if source not in inner.invars:
+            return None
+        var = eqn.invars[inner.invars.index(source)]
+    return None if isinstance(var, Literal) else var
+
+
+def _check_module(where: str, module: Any) -> None:
+    if isinstance(module, nnx.Module):
+        return
+    if isinstance(module, type):
+        came, cause, fix = f"the class {module.__name__}", "the module was not constructed", f"{module.__name__}(...)"
+    elif isinstance(module, nn.Module):
+        came, cause = f"{type(module).__name__}, a Linen module", "it belongs to Flax's other API"
+        fix = "with_mutable(module), or nnx.bridge.lazy_init(nnx.bridge.ToNNX(module, rngs=rngs), x)"
+    else:
+        came, cause = describe(module), "what nnx.split returns was passed, or another object"
+        fix = "from_nnx(nnx.merge(graphdef, state))"
+    raise SignatureError(where, "module must be an instance of nnx.Module", [f"module: {came}"], cause, fix)
+
+
+def _check_concrete(slots: list[_Slot], leaves: list[Any]) -> None:
+    strange = [
+        f"{joined(slot.path)}: {kind_of(leaf)}"
+        for slot, leaf in zip(slots, leaves, strict=True)
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+    ]
+    if strange:
+        raise SignatureError(
+            "from_nnx(module)",
+            "every variable must have a value",
+            strange,
+            "the module was made by nnx.eval_shape and not filled",
+            "from_nnx(Model(..., rngs=nnx.Rngs(0))), or nnx.update(module, state) before",
+        )
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact))
+
+
+def _type_of(leaf: Any) -> tuple[Any, Any]:
+    array = leaf if is_array(leaf) else jnp.asarray(leaf)
+    return tuple(array.shape), array.dtype
