@@ -11,7 +11,7 @@ PYTEST := pytest -n 2 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test checked bench types lint lowest newest check clean
+.PHONY: help demo test checked bench types types-once lint lowest newest check clean
 .DELETE_ON_ERROR:
 # Two installations at once into one environment would break it.
 .NOTPARALLEL:
@@ -35,15 +35,20 @@ bench: $(VENV)/.installed-bench  ## every benchmark once, quickly
 	$(BIN)/python -m benchmarks --quick
 	@echo "make bench: done"
 
+types: types-once  ## mypy and pyright, both strict, and what they must reject; on a newer Python too
+	@python=$$($(PYTHON) tools/newest.py 3.12 3.13) || exit; \
+	if [ -z "$$python" ]; then echo "types: no newer Python found, checked with this one"; exit; fi; \
+	$(MAKE) --no-print-directory types-once PYTHON="$$python" VENV=$(VENV)-types
+	@echo "make types: no errors"
+
 # pyright reads [tool.pyright] for what to check: the package and its type tests, strictly. With --verifytypes it looks for
 # the package where the python on PATH finds it, whatever --pythonpath says. stubtest needs no list of exceptions.
-types: $(VENV)/.installed-dev $(VENV)/.installed-stubs  ## mypy and pyright, both strict, and what they must reject
+types-once: $(VENV)/.installed-dev $(VENV)/.installed-stubs
 	$(BIN)/mypy --strict flaxsplit $(wildcard tests/typing examples benchmarks)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pyright --verifytypes flaxsplit --ignoreexternal
 	$(BIN)/python -m mypy.stubtest flaxsplit --concise --mypy-config-file pyproject.toml
 	$(BIN)/python tools/types_table.py
-	@echo "make types: no errors"
 
 lint: $(VENV)/.installed-lint  ## ruff
 	$(BIN)/ruff check
@@ -67,7 +72,7 @@ check: lint test checked lowest newest types demo bench  ## all of the above
 	@echo "make check: everything passed"
 
 clean:  ## remove the environments and what tools left behind
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-types build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define require-python

@@ -8,8 +8,8 @@ import functools
 import importlib
 import inspect
 import os
+import types
 from collections.abc import Callable
-from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 import jaxtyping
@@ -100,6 +100,8 @@ def _checkable(hint: Any) -> Any:
         return Callable[..., Any]
     if isinstance(hint, TypeVar):
         return Any
-    if origin in (Union, UnionType):
+    if origin in (Union, types.UnionType):
         return Union[tuple(map(_checkable, get_args(hint)))]  # noqa: UP007 (made from a list)
+    if origin is tuple and get_args(hint):
+        return types.GenericAlias(tuple, tuple(map(_checkable, get_args(hint))))
     return hint

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import Literal
 
+from ._checks import checked
 from ._describe import ABSENT, Difference, describe, is_array, kind_of, wraps
 from ._errors import CollectionError, SignatureError, StateDriftError
 from ._filters import Path, choose, flatten, joined, keyed, unflatten
 from ._mutable import HIDDEN
 from ._split import check_halves
-from ._types import Params, State, Stateful, Trainable, Tree
+from ._types import AnyParams, Params, State, Stateful, Trainable, Tree
 
 P = ParamSpec("P")
 M = TypeVar("M")
@@ -60,8 +61,9 @@ def from_nnx(
 def from_nnx(
     module: NnxModule[P, R], *, trainable: NnxTrainable = ..., method: None = None
 ) -> tuple[Stateful[P, R], Params, State]: ...
+@checked
 def from_nnx(
-    module: Any, *, trainable: Any = nnx.Param, method: Any = None
+    module: Any, *, trainable: Any = nnx.Param, method: Callable[..., Any] | None = None
 ) -> tuple[Stateful[..., Any], Params, State]:
     """Takes an NNX module apart into a stateful function, its params and its state.
 
@@ -105,7 +107,7 @@ def from_nnx(
     call = getattr(method, "__func__", method) or type(module).__call__  # a bound method brings its module along
 
     @wraps(call, ("params", "state"), 1)
-    def stateful(params: Tree, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
+    def stateful(params: AnyParams, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
         check_halves("from_nnx(module)", params, state)
         found = _found("fn(params, state, *args)", slots, params, state)
 
@@ -130,7 +132,8 @@ def from_nnx(
     return stateful, unflatten(params), unflatten(state)
 
 
-def to_nnx(module: M, params: Tree, state: Tree) -> M:
+@checked
+def to_nnx(module: M, params: AnyParams, state: Tree) -> M:
     """Writes params and state back into an NNX module.
 
     Law: the inverse of `from_nnx`: what it gave, `to_nnx(module, params, state)` writes back, and changes nothing.
@@ -277,7 +280,7 @@ def _nothing_chosen(where: str, trainable: Any, leaves: Mapping[_Slot, Any]) -> 
     )
 
 
-def _found(where: str, slots: list[_Slot], params: Tree, state: Tree, strict: bool = False) -> dict[Path, Any]:
+def _found(where: str, slots: list[_Slot], params: Any, state: Tree, strict: bool = False) -> dict[Path, Any]:
     """Looks every slot up in the half that has it, and says which. Each leaf must have a slot, each slot one leaf.
 
     A collection that the module knows nothing of, such as averaged weights, is let be, unless `strict`.

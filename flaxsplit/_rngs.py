@@ -1,7 +1,6 @@
 """PRNG streams are state: drawn from at each call, advanced with the rest."""
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -11,7 +10,7 @@ from ._checks import checked
 from ._describe import describe, is_array, wraps
 from ._errors import CollectionError, SignatureError
 from ._split import check_halves
-from ._types import PRNGKey, State, StatefulT, Tree
+from ._types import AxisName, PRNGKey, State, StatefulT, Tree
 
 
 @checked
@@ -53,7 +52,7 @@ def _is_key(key: Any) -> bool:
 
 
 @checked
-def with_rngs(fn: StatefulT) -> StatefulT:
+def with_rngs(fn: StatefulT, *, axis_name: AxisName | None = None) -> StatefulT:
     """Draws fresh `rngs=` from `state['rngs']` at each call, and advances them.
 
     Law: equals `fn(params, rest, *args, rngs={s: split(key)[1]})` with `{s: split(key)[0]}` in the new state.
@@ -66,13 +65,15 @@ def with_rngs(fn: StatefulT) -> StatefulT:
 
     Args:
         fn: a stateful function that takes `rngs=`.
+        axis_name: draws other keys at each place along this axis of an enclosing `shard_map`, from one stream for all:
+            without it, every device of a `shard_map` draws the same masks.
 
     Returns:
         The stateful function without `rngs=`; around `vmap_stateful` it gives every lane its own keys.
 
     Raises:
         CollectionError: the state has no `'rngs'`.
-        SignatureError: `rngs=` was passed by hand too.
+        SignatureError: `rngs=` was passed by hand too, or `axis_name` is not bound.
 
     As Flax's `rngs=` argument, but the keys live in the carry, so that a checkpoint and a scan continue the streams.
     """
@@ -82,6 +83,7 @@ def with_rngs(fn: StatefulT) -> StatefulT:
         check_halves("with_rngs(fn)", params, state)
         _check_rngs(state, kwargs)
         advanced, drawn = draw(state["rngs"])
+        drawn = _per_place(drawn, axis_name)
         rest = {name: tree for name, tree in state.items() if name != "rngs"}
         out, new_state = fn(params, rest, *args, rngs=drawn, **kwargs)
         return out, {**new_state, "rngs": advanced}
@@ -97,11 +99,45 @@ def draw(rngs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def split_key(key: Any, count: int) -> Any:
     """As `jax.random.split`, but takes stacked keys too, such as one per layer; the new axis comes first."""
+    return _of_each_key(lambda each: jax.random.split(each, count), key, out_axes=1)
+
+
+def _of_each_key(fn: Callable[[Any], Any], key: Any, out_axes: int) -> Any:
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    split: Any = functools.partial(jax.random.split, num=count)
     for _ in key.shape if typed else key.shape[1:]:
-        split = jax.vmap(split, out_axes=1)
-    return split(key)
+        fn = jax.vmap(fn, out_axes=out_axes)
+    return fn(key)
+
+
+def is_bound(axis_name: AxisName) -> bool:
+    """Looks a name up without an instruction: `psum` of a Python number is its count."""
+    try:
+        jax.lax.psum(1, axis_name)
+    except (NameError, KeyError, AssertionError):  # which of them depends on the version, and on what encloses the call
+        return False
+    return True
+
+
+def check_bound(where: str, axis_name: AxisName) -> None:
+    """Fails where an axis that is to be averaged or drawn over is none."""
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    unbound = [name for name in names if not is_bound(name)]
+    if unbound:
+        raise SignatureError(
+            where,
+            "the axis must be bound by an enclosing shard_map, vmap or pmap",
+            [f"axis_name: {name!r} is not bound here" for name in unbound],
+            "the name is misspelt, or the call is in a plain jit, where the mesh needs no name",
+            "jax.shard_map(step, mesh=mesh, ...) over a mesh with that axis; or no axis_name",
+        )
+
+
+def _per_place(keys: dict[str, Any], axis_name: AxisName | None) -> dict[str, Any]:
+    if axis_name is None:
+        return keys
+    check_bound("with_rngs(axis_name=...)", axis_name)
+    place = jax.lax.axis_index(axis_name)
+    return {name: _of_each_key(lambda key: jax.random.fold_in(key, place), key, 0) for name, key in keys.items()}
 
 
 def _check_rngs(state: Tree, kwargs: Mapping[str, Any]) -> None:

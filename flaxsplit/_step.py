@@ -15,6 +15,7 @@ from ._carry import check_drift
 from ._checks import checked
 from ._describe import abstract, describe, differences, is_array, keyed_leaves, kind_of, same_structure, wraps
 from ._errors import CollectionError, SignatureError
+from ._rngs import check_bound
 from ._types import AxisName, Carry, JittedStep, LossFn, Step
 
 C = TypeVar("C")
@@ -76,8 +77,8 @@ def with_optimizer(
         A step: the body that `jax.lax.scan` takes. Not jitted: see `jit_step`.
 
     Raises:
-        SignatureError: `loss_fn` returns something else, a param is not differentiable, the batch is indivisible, or
-            the carry was made for another optimizer.
+        SignatureError: `loss_fn` returns something else, a param is not differentiable, the batch is indivisible, the
+            carry was made for another optimizer, or `axis_name` is not bound.
         StateDriftError: state, params or opt_state would come out in another structure, shape or dtype.
 
     As the update step of Flax's guide on managing params and state, in one word.
@@ -88,6 +89,8 @@ def with_optimizer(
     @wraps(loss_fn, ("carry",), replaces=2)
     def step(carry: Carry, batch: Any) -> tuple[Carry, Any]:
         _check_carry(carry)
+        if axis_name is not None:
+            check_bound("with_optimizer(axis_name=...)", axis_name)
         count, params, state, _ = carry
 
         def objective(_params: Any, _state: Any, _batch: Any) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from jax.custom_batching import custom_vmap
 from ._checks import checked
 from ._describe import describe, differences, keyed_leaves, shorten, wraps
 from ._errors import CollectionError, SignatureError, StateDriftError, UnsyncedStateError
-from ._rngs import draw, split_key
+from ._rngs import draw, is_bound, split_key
 from ._split import check_halves
 from ._types import Axes, State, StatefulT, Tree
 
@@ -186,12 +186,7 @@ def _is_none(node: Any) -> bool:
 
 
 def _check_unbound(axis_name: str | None) -> None:
-    """Looks the name up without an instruction: `psum` of a Python number is its count."""
-    try:
-        jax.lax.psum(1, () if axis_name is None else axis_name)
-    except NameError:
-        return
-    if axis_name is not None:
+    if axis_name is not None and is_bound(axis_name):
         inner = f"inner_{axis_name}"
         raise SignatureError(
             "vmap_stateful(axis_name=...)",

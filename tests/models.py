@@ -43,11 +43,12 @@ class Dropping(nn.Module):
     """BatchNorm and Dropout: every kind of state at once."""
 
     axis_name: str | None = "batch"
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Any, train: bool = True) -> Any:
         """Maps `[features]` to `[2]`."""
-        x = nn.Dense(16)(x)
+        x = nn.Dense(16, use_bias=self.use_bias)(x)
         x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)(x)
         x = nn.Dropout(0.5, deterministic=not train)(nn.relu(x))
         return nn.Dense(2, name="head")(x)

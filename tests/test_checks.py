@@ -30,6 +30,8 @@ WRONG = {
     "stack_batches": "fs.stack_batches(3, 2)",
     "jit_step": "fs.jit_step(step, donate='yes')",
     "assert_max_traces": "fs.assert_max_traces(step, '1')",
+    "from_nnx": "fs.from_nnx(linear, method=3)",
+    "to_nnx": "fs.to_nnx(linear, [], {})",
 }
 RIGHT = {
     "split_params": "fs.split_params({'params': {'w': jnp.ones(2)}}, trainable=['w', lambda path, leaf: True])",
@@ -47,11 +49,15 @@ RIGHT = {
     "jit_step": "fs.jit_step(step, donate=False)",
     "adopt_carry": "fs.adopt_carry({'w': 1.0}, {'w': jnp.ones(())})",
     "assert_max_traces": "fs.assert_max_traces(nn.Dense(1), 2)",
+    "from_nnx": "fs.from_nnx(linear, method=nnx.Linear.__call__, trainable='kernel')",
+    "to_nnx": "fs.to_nnx(linear, *fs.from_nnx(linear)[1:])",
 }
 CODE = """
 import functools, json, sys
 import flax.linen as nn, jax, jax.numpy as jnp, jaxtyping, optax
 import flaxsplit as fs
+from flax import nnx
+linear = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
 tx = optax.sgd(0.1)
 def fn(params, state, x): return x, state
 def loss_fn(params, state, batch): return jnp.float32(0), state

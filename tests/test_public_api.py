@@ -14,7 +14,7 @@ SIGNATURES = {
     "split_params": "(variables, *, trainable=None)",
     "merge_state": "(params, state)",
     "with_mutable": "(fn, *, method=None, mutable=Ellipsis, capture=())",
-    "with_rngs": "(fn)",
+    "with_rngs": "(fn, *, axis_name=None)",
     "rng_state": "(**keys)",
     "vmap_stateful": "(fn, *, in_axes=0, out_axes=0, axis_name='batch', params_axes=None, state_axes=None, "
     "split_rngs=True, axis_size=None, spmd_axis_name=None)",
