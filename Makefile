@@ -32,7 +32,8 @@ checked: $(VENV)/.installed-test  ## the tests again, every signature checked at
 	@echo "make checked: all tests passed"
 
 bench: $(VENV)/.installed-bench  ## every benchmark once, quickly
-	$(BIN)/python -m benchmarks --quick
+	$(BIN)/python -m benchmarks --quick --out build/benchmarks
+	$(BIN)/python -m benchmarks report --out build/benchmarks
 	@echo "make bench: done"
 
 types: types-once  ## mypy and pyright, both strict, and what they must reject; on a newer Python too

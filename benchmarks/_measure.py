@@ -230,5 +230,6 @@ def store(result: Result, folder: pathlib.Path) -> pathlib.Path:
 
 def load(path: pathlib.Path) -> Result:
     """Reads what `store` wrote."""
-    stored = json.loads(path.read_text())
-    return Result(**{**stored, "rows": [Row(**row) for row in stored["rows"]]})
+    stored: dict[str, Any] = json.loads(path.read_text())
+    rows = [Row(**row) for row in stored.pop("rows")]
+    return Result(rows=rows, **stored)

@@ -97,6 +97,7 @@ class Stepper:
 
     def __call__(self) -> Any:
         """Takes the steps."""
+        out = None
         for _ in range(self.count):
             self.carry, out = self.jitted(self.carry, self.batch)
         return self.carry, out

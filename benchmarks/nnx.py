@@ -48,6 +48,7 @@ class NnxStepper:
 
     def __call__(self) -> Any:
         """Takes the steps; the last loss needs all steps before it."""
+        loss = None
         for _ in range(STEPS):
             loss = self.step(self.batch)
         return loss

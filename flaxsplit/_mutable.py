@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -157,8 +158,11 @@ def _of_nn_apply(fn: Any) -> Callable[..., Any]:
 
 def _signed(fn: Any, method: Any) -> tuple[Any, tuple[str, ...], int]:
     """Says whose signature the stateful function has, and which leading arguments take the place of which."""
+    module = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
+    if isinstance(method, str) and hasattr(type(module), method):
+        method = getattr(type(module), method)
     if callable(method):
-        return method, ("params", "state"), 1
+        return method, ("params", "state"), 0 if inspect.ismethod(method) else 1
     return fn, ("params", "state"), 0 if isinstance(fn, nn.Module) else 1
 
 

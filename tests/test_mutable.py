@@ -58,6 +58,7 @@ METHODS = {
     "partial": fs.with_mutable(functools.partial(CODER.apply, method=Coder.encode)),
     "at the call": lambda *args: fs.with_mutable(CODER.apply)(*args, method="encode"),
     "apply": fs.with_mutable(CODER.apply, method=Coder.encode),
+    "bound": fs.with_mutable(CODER, method=CODER.encode),
 }
 
 
@@ -178,7 +179,8 @@ def test_autoregressive_decoding_step_by_step():
 
 def test_the_signature_is_the_models_own():
     assert str(inspect.signature(fs.with_mutable(MODEL))) == "(params, state, /, x: Any, train: bool = False)"
-    assert str(inspect.signature(METHODS["function"])) == "(params, state, /, x, scale: float = 1.0)"
+    for how in ("function", "name", "apply", "bound"):
+        assert str(inspect.signature(METHODS[how])) == "(params, state, /, x, scale: float = 1.0)", how
     apply = fs.with_rngs(fs.vmap_stateful(fs.with_mutable(Dropping())))
     assert str(inspect.signature(apply)) == "(params, state, /, x: Any, train: bool = True)"
     assert fs.with_mutable(MODEL).__name__ == "MLP"
