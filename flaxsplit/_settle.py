@@ -13,7 +13,6 @@ from ._types import AnyParams, State, Stateful, Tree
 _MOST_ROUNDS = 8
 
 
-@checked
 def settle_state(fn: Stateful[..., Any], params: AnyParams, state: Tree, /, *args: Any, **kwargs: Any) -> State:
     """Gives the state whose structure, shapes and dtypes `fn` returns unchanged.
 
@@ -38,6 +37,11 @@ def settle_state(fn: Stateful[..., Any], params: AnyParams, state: Tree, /, *arg
     Raises:
         StateDriftError: structure changes, shapes grow for ever, or a leaf cannot be broadcast to what comes out.
     """
+    return _settled(fn, params, state, args, kwargs)
+
+
+@checked  # not on settle_state itself: seen through a decorator, positional-only parameters lose their names in mypy
+def _settled(fn: Stateful[..., Any], params: AnyParams, state: Tree, args: Any, kwargs: Any) -> State:
     start = plain(state)
     before = now = jax.tree.map(_shape_of, start)
     for _ in range(_MOST_ROUNDS):
