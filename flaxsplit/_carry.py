@@ -5,13 +5,25 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ._checks import checked
-from ._describe import Difference, alike, describe, differences, is_array, keyed_leaves, kind_of, plain, shorten, strong
+from ._checks import check_tx, checked
+from ._describe import (
+    Difference,
+    alike,
+    describe,
+    differences,
+    is_array,
+    is_deleted,
+    is_numeric,
+    keyed_leaves,
+    kind_of,
+    plain,
+    shorten,
+    strong,
+)
 from ._errors import CollectionError, SignatureError, StateDriftError
 from ._types import AnyParams, Carry, Tree
 
@@ -44,30 +56,25 @@ def init_carry(params: AnyParams, state: Tree, tx: optax.GradientTransformation)
 
     As `flax.training.train_state.TrainState.create`, without functions in the tree.
     """
+    check_tx("init_carry(params, state, tx)", tx)
     own_params, own_state = _owned(plain(params), "params"), _owned(plain(state), "state")
     opt_state = _owned(tx.init(own_params), "opt_state")
     return _placed(Carry(jnp.zeros((), jnp.int32), own_params, own_state, opt_state))
 
 
 def _owned(tree: T, name: str) -> T:
-    strange = [f"{path}: {kind_of(leaf)}" for path, leaf in keyed_leaves(tree, name).items() if not _is_numeric(leaf)]
+    leaves = keyed_leaves(tree, name).items()
+    strange = [f"{path}: {kind_of(leaf)}" for path, leaf in leaves if not is_numeric(leaf) or is_deleted(leaf)]
     if strange:
         raise SignatureError(
             "init_carry(params, state, tx)",
             "every leaf must be an array or a number",
             strange,
-            "a function, a string, an abstract value or another object is in the tree",
+            "a function, a string, an abstract value, a donated array or another object is in the tree",
             "keep what does not change in the closure of the step; for an abstract carry, jax.eval_shape of init_carry",
         )
     owned: T = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jax.typeof(leaf).dtype, copy=True), tree)
     return owned
-
-
-def _is_numeric(leaf: Any) -> bool:
-    if isinstance(leaf, jax.Array | bool | int | float | complex):
-        return True
-    # neither objects, strings and dates of NumPy, nor jax.ShapeDtypeStruct
-    return isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind not in "OSUMm"
 
 
 def _placed(carry: Carry) -> Carry:
@@ -134,8 +141,18 @@ def adopt_carry(restored: Any, like: T) -> T:
         A carry of `like`'s structure and placement, with buffers of its own.
 
     Raises:
-        CollectionError: leaves are missing, left over, or of another shape or dtype; names every one.
+        CollectionError: leaves are missing, left over, deleted, or of another shape or dtype; names every one.
+        SignatureError: a leaf of `like` is no array.
     """
+    strange = [f"{path}: {describe(leaf)}" for path, leaf in keyed_leaves(like, "like").items() if not is_array(leaf)]
+    if strange:
+        raise SignatureError(
+            "adopt_carry(restored, like)",
+            "every leaf of like must say its shape and dtype",
+            strange,
+            "restored and like were swapped, or like is no carry",
+            "adopt_carry(restored, init_carry(params, state, tx))",
+        )
     wanted, treedef = jax.tree_util.tree_flatten_with_path(like)
     found, wrong, used = [], [], set()
     for path, leaf in wanted:
@@ -145,7 +162,7 @@ def adopt_carry(restored: Any, like: T) -> T:
         value = _unwrapped(value, leaf)
         if value is _NOTHING:
             wrong.append(Difference(name, describe(leaf), "absent"))
-        elif not _is_numeric(value):
+        elif not is_numeric(value) or is_deleted(value):
             wrong.append(Difference(name, describe(leaf), kind_of(value)))
         elif _type_of(value) != _type_of(leaf):
             wrong.append(Difference(name, describe(leaf), describe(strong(value) if not is_array(value) else value)))

@@ -1,7 +1,8 @@
-"""Signatures checked at run time, where that is asked for before the import: `FLAXSPLIT_TYPECHECKER=typeguard`.
+"""Arguments of another form: what is always looked for, and whole signatures where that is asked for.
 
-Off, `checked` gives back the very function. On, functions are checked where they are called, so what a jitted step does
-is checked while tracing only. An error of ours, which names the leaf, comes before the checker's.
+`FLAXSPLIT_TYPECHECKER=typeguard`, set before the import, checks signatures at run time. Off, `checked` gives back the
+very function. On, functions are checked where they are called, so what a jitted step does is checked while tracing
+only. An error of ours, which names the leaf, comes before the checker's.
 """
 
 import functools
@@ -14,12 +15,61 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 
 import jaxtyping
 
-from ._errors import Explained
+from ._describe import describe
+from ._errors import Explained, SignatureError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 TYPECHECKER = os.environ.get("FLAXSPLIT_TYPECHECKER", "")
 """`typeguard`, `beartype`, or a path to any decorator, `package.decorator`; empty for none."""
+
+
+def check_form(where: str, name: str, value: Any, fits: bool, required: str, fix: str) -> None:
+    """Fails where an argument is not of the form that is required, before anything is traced or changed."""
+    if not fits:
+        came = f"the class {value.__name__}" if isinstance(value, type) else describe(value)
+        cause = "something else was passed, or the arguments are in another order"
+        raise SignatureError(where, f"{name} must be {required}", [f"{name}: {came}"], cause, fix)
+
+
+def check_function(where: str, name: str, fn: Any, fix: str) -> None:
+    """Fails where a function is due: a module is to be wrapped first, and a class to be constructed."""
+    is_module = hasattr(fn, "apply") or hasattr(fn, "sow")
+    fits = callable(fn) and not isinstance(fn, type) and not is_module
+    check_form(where, name, fn, fits, "a function, and no module or class", fix)
+
+
+def check_tx(where: str, tx: Any) -> None:
+    """Fails where an optax transformation is due."""
+    fits = callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)) and not isinstance(tx, type)
+    check_form(where, "tx", tx, fits, "an optax transformation: it has init and update", "tx = optax.adam(1e-3)")
+
+
+def check_axis_name(where: str, option: str, axis_name: Any) -> None:
+    """Fails where the name of an axis, or names, are due."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    fits = bool(names) and all(isinstance(name, str) for name in names)
+    check_form(where, option, axis_name, fits, "the name of an axis, or a tuple of names", f"{option}='batch'")
+
+
+def check_count(where: str, count: Any) -> None:
+    """Fails where a number of parts, steps or lanes is due."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise SignatureError(
+            where,
+            "a whole number of at least 1",
+            [f"{describe(count)}: {count!r}" if isinstance(count, int | float) else describe(count)],
+            "zero, a negative number, a fraction, or no number",
+            where.replace("...", "4"),
+        )
+
+
+def two_of(result: Any, where: str, form: str) -> tuple[Any, Any]:
+    """Gives the two things that a function returned, or says that they are not two."""
+    if isinstance(result, tuple) and len(result) == 2:
+        return result
+    came = f"a tuple of {len(result)}" if type(result) is tuple else describe(result)
+    raise SignatureError(where, f"must return two things: {form}", [came], "a result is missing", form)
 
 
 def checked(fn: F) -> F:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,6 +40,18 @@ def is_array(leaf: object) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
+def is_numeric(leaf: object) -> bool:
+    """Tells what JAX computes with: its arrays, and numbers of Python and NumPy, but no objects, strings and dates."""
+    if isinstance(leaf, jax.Array | bool | int | float | complex):
+        return True
+    return isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind not in "OSUMm"
+
+
+def is_deleted(leaf: object) -> bool:
+    """Tells arrays whose buffer was donated."""
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted()
+
+
 def describe(leaf: Any) -> str:
     """Says a leaf in JAX's short form, never its value: `f32[2,3]`, `key<fry>[]`, `f32[] (weak type)`, `str`."""
     if not is_array(leaf):
@@ -50,6 +64,8 @@ def describe(leaf: Any) -> str:
 
 def kind_of(leaf: Any) -> str:
     """As `describe`, with the type where what is wrong with an array is that it is none of JAX's."""
+    if is_deleted(leaf):
+        return f"deleted {describe(leaf)}"
     return describe(leaf) if not is_array(leaf) else f"{type(leaf).__name__} {describe(leaf)}"
 
 
@@ -168,18 +184,25 @@ def alike(before: Any, after: Any) -> bool:
 
 
 def _type_of(leaf: Any) -> tuple[Any, Any]:
+    if not is_numeric(leaf):
+        return type(leaf), None
     kind = jax.typeof(leaf)
     return kind.shape, kind.dtype
 
 
 def plain(tree: Any) -> Any:
     """Rebuilds nested mappings as plain dicts, never a view of the argument; leaves and boxes stay as they are."""
-    return {key: plain(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+    if not isinstance(tree, Mapping):
+        return tree
+    copied = {}
+    for key, value in tree.items():  # no comprehension, which would take a second frame of the stack for each level
+        copied[key] = plain(value)
+    return copied
 
 
 def strong(leaf: Any) -> Any:
     """Drops a weak type, which loses nothing; Python scalars and NumPy arrays become JAX arrays."""
-    if isinstance(leaf, jax.Array) and not getattr(leaf, "weak_type", False):
+    if not is_numeric(leaf) or (isinstance(leaf, jax.Array) and not getattr(leaf, "weak_type", False)):
         return leaf
     return jnp.asarray(leaf, dtype=jax.typeof(leaf).dtype)
 

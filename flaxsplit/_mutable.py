@@ -12,9 +12,10 @@ import flax.linen as nn
 import jax
 from flax import core, errors
 
-from ._checks import checked
+from ._checks import check_form, checked, two_of
 from ._describe import describe, plain, wraps
 from ._errors import CollectionError, SignatureError, UntouchedStateWarning
+from ._filters import flatten, keyed
 from ._split import check_halves, merge_state
 from ._types import AnyParams, ApplyFn, LinenModule, Mutable, State, Stateful, Tree
 
@@ -109,6 +110,7 @@ def with_mutable(
     As `flax.linen.Module.apply`, but pure in `(params, state)` and of one return form.
     """
     apply = _apply_of(fn, method)
+    _check_options(fn, method, mutable, capture)
     captured = (capture,) if isinstance(capture, str) else tuple(capture)
 
     @wraps(*_signed(fn, method))
@@ -118,7 +120,7 @@ def with_mutable(
         variables = merge_state(params, visible)
         names = _mutable_names(mutable, visible)
         result = _applied(apply, names, captured, state, variables, args, kwargs)
-        out, updated = _two(result, "with_mutable(fn)", "fn(variables, *args, mutable=[...]) -> (out, updated)")
+        out, updated = two_of(result, "with_mutable(fn)", "fn(variables, *args, mutable=[...]) -> (out, updated)")
         new_state = {**state, **{name: plain(updated[name]) for name in names if name in updated}}
         _warn_untouched(names, variables, new_state)
         return ((out, _sown(captured, updated)) if captured else out), new_state
@@ -141,6 +143,22 @@ def _apply_of(fn: Any, method: Any) -> Callable[..., Any]:
     if getattr(fn, "__code__", None) is _NN_APPLY:
         return _of_nn_apply(fn)
     return fn if method is None else functools.partial(fn, method=method)
+
+
+def _check_options(fn: Any, method: Any, mutable: Any, capture: Any) -> None:
+    owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
+    fits = callable(method) or method is None or (isinstance(method, str) and (not owner or hasattr(owner, method)))
+    required = "a method of the module, or its name"
+    check_form("with_mutable(method=...)", "method", method, fits, required, "with_mutable(model, method=Model.decode)")
+    fits = mutable is ... or isinstance(mutable, bool | core.DenyList) or _are_names(mutable)
+    required, fix = "a collection's name, names, a DenyList, or a bool", "with_mutable(fn, mutable=['batch_stats'])"
+    check_form("with_mutable(mutable=...)", "mutable", mutable, fits, required, fix)
+    required, fix = "the name of a sown collection, or names", "with_mutable(fn, capture='intermediates')"
+    check_form("with_mutable(capture=...)", "capture", capture, _are_names(capture), required, fix)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, Collection) and all(isinstance(each, str) for each in value))
 
 
 _NN_APPLY: Any = getattr(core.apply(lambda scope: scope), "__code__", None)
@@ -204,6 +222,8 @@ def _applied(
     """Calls apply; what Flax says about missing variables is said again in terms of params and state."""
     try:
         return apply(variables, *args, mutable=(*names, *captured), **kwargs)
+    except errors.ApplyScopeInvalidVariablesTypeError as error:
+        raise _misformed(variables) from error
     except errors.InvalidRngError as error:
         raise _no_rngs(_first_sentence(error), state, kwargs) from error
     except errors.ModifyScopeVariableError as error:
@@ -270,6 +290,18 @@ def _not_found(sentence: str, variables: Tree) -> CollectionError:
     )
 
 
+def _misformed(variables: Tree) -> CollectionError:
+    leaves = [f"{name!r}: {describe(tree)}" for name, tree in variables.items() if not isinstance(tree, Mapping)]
+    keys = [keyed(path, "variables") for path, _ in flatten(variables) if not all(isinstance(key, str) for key in path)]
+    return CollectionError(
+        "with_mutable(fn)",
+        "every collection must be a mapping, its keys strings",
+        leaves + keys,
+        "the state holds leaves beside collections, or trees of another library",
+        "state | {'name': {'leaf': leaf}}",
+    )
+
+
 def _misshapen(sentence: str) -> CollectionError:
     found = re.search(r'parameter "([^"]+)" in "([^"]+)"', sentence)  # the rest of the sentence differs by version
     return CollectionError(
@@ -279,13 +311,6 @@ def _misshapen(sentence: str) -> CollectionError:
         "x has another size than at module.init, or the params belong to another model",
         "params, state = split_params(module.init(key, x)), with the x and the module of the call",
     )
-
-
-def _two(result: Any, where: str, form: str) -> tuple[Any, Any]:
-    if isinstance(result, tuple) and len(result) == 2:
-        return result
-    came = f"a tuple of {len(result)}" if isinstance(result, tuple) else describe(result)
-    raise SignatureError(where, f"must return two things: {form}", [came], "a result is missing", form)
 
 
 def _warn_untouched(names: tuple[str, ...], before: Tree, after: Tree) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import Literal
 
-from ._checks import checked
+from ._checks import check_form, checked
 from ._describe import ABSENT, Difference, describe, is_array, kind_of, wraps
 from ._errors import CollectionError, SignatureError, StateDriftError
 from ._filters import Path, choose, flatten, joined, keyed, unflatten
@@ -104,7 +104,11 @@ def from_nnx(
     graphdef, treedef, slots, leaves = _apart(module)
     _check_concrete(slots, leaves)
     chosen = _trainable(trainable, module, dict(zip(slots, leaves, strict=True)))
-    call = getattr(method, "__func__", method) or type(module).__call__  # a bound method brings its module along
+    given: Any = method
+    fits = given is None or (callable(given) and not isinstance(given, type))
+    required, fix = "a function of the module", "from_nnx(module, method=Model.decode)"
+    check_form("from_nnx(method=...)", "method", given, fits, required, fix)
+    call = type(module).__call__ if method is None else getattr(method, "__func__", method)  # bound: brings its module
 
     @wraps(call, ("params", "state"), 1)
     def stateful(params: AnyParams, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
@@ -259,7 +263,8 @@ def _trainable(trainable: Any, module: Any, leaves: Mapping[_Slot, Any]) -> set[
 
 
 def _is_filter(trainable: Any) -> bool:
-    return callable(trainable) or trainable in (..., None, True, False, [], ())
+    empty = isinstance(trainable, list | tuple) and not trainable
+    return callable(trainable) or empty or trainable is None or trainable is ... or isinstance(trainable, bool)
 
 
 def _nothing_chosen(where: str, trainable: Any, leaves: Mapping[_Slot, Any]) -> CollectionError:
@@ -286,6 +291,12 @@ def _found(where: str, slots: list[_Slot], params: Any, state: Tree, strict: boo
     A collection that the module knows nothing of, such as averaged weights, is let be, unless `strict`.
     """
     collections = {*state} if strict else {slot.place[0] for slot in slots} | {"params"}
+    wrong = [
+        Difference(keyed((name,), "state"), "a mapping", describe(state[name]))
+        for name in state.keys() & collections
+        if not isinstance(state[name], Mapping)
+    ]
+    _check_fit(where, wrong)
     flat = {("params", *path): leaf for path, leaf in flatten(params) if not isinstance(leaf, Mapping)}
     flat |= {
         ("state", name, *path): leaf
@@ -294,7 +305,6 @@ def _found(where: str, slots: list[_Slot], params: Any, state: Tree, strict: boo
         if not isinstance(leaf, Mapping)
     }
     found: dict[Path, Any] = {}
-    wrong: list[Difference] = []
     for slot in slots:
         places = [path for path in (("params", *slot.path), ("state", *slot.place)) if path in flat]
         found |= {path: flat.pop(path) for path in places}

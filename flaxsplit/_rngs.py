@@ -6,7 +6,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from ._checks import checked
+from ._checks import check_axis_name, check_function, checked
 from ._describe import describe, is_array, wraps
 from ._errors import CollectionError, SignatureError
 from ._split import check_halves
@@ -77,6 +77,7 @@ def with_rngs(fn: StatefulT, *, axis_name: AxisName | None = None) -> StatefulT:
 
     As Flax's `rngs=` argument, but the keys live in the carry, so that a checkpoint and a scan continue the streams.
     """
+    check_function("with_rngs(fn)", "fn", fn, "with_rngs(with_mutable(model))")
 
     @wraps(fn)
     def stateful(params: Tree, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
@@ -120,6 +121,7 @@ def is_bound(axis_name: AxisName) -> bool:
 
 def check_bound(where: str, axis_name: AxisName) -> None:
     """Fails where an axis that is to be averaged or drawn over is none."""
+    check_axis_name(where, "axis_name", axis_name)
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
     unbound = [name for name in names if not is_bound(name)]
     if unbound:
@@ -141,13 +143,24 @@ def _per_place(keys: dict[str, Any], axis_name: AxisName | None) -> dict[str, An
 
 
 def _check_rngs(state: Tree, kwargs: Mapping[str, Any]) -> None:
-    if not state.get("rngs"):
+    rngs = state.get("rngs", {})
+    if isinstance(rngs, Mapping) and not rngs:
         raise CollectionError(
             "with_rngs(fn)",
             "the state must have an 'rngs' collection",
             [f"state: {sorted(map(str, state))}"],
             "rng_state was not merged into the state",
             "init_carry(params, state | rng_state(dropout=key), tx)",
+        )
+    streams = rngs.items() if isinstance(rngs, Mapping) else []
+    strange = [f"state['rngs'][{name!r}]: {describe(key)}" for name, key in streams if not _is_key(key)]
+    if strange or not streams:
+        raise SignatureError(
+            "with_rngs(fn)",
+            "state['rngs'] must hold one PRNG key per stream",
+            strange or [f"state['rngs']: {describe(rngs)}"],
+            "a seed, or another collection, is there",
+            "state | rng_state(dropout=jax.random.key(0))",
         )
     if "rngs" in kwargs:
         raise SignatureError(

@@ -5,9 +5,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._checks import checked
-from ._describe import Difference, describe, differences, is_array, keyed_leaves, plain, same_structure, strong
-from ._errors import StateDriftError
+from ._checks import check_function, checked, two_of
+from ._describe import (
+    Difference,
+    describe,
+    differences,
+    is_array,
+    is_numeric,
+    keyed_leaves,
+    kind_of,
+    plain,
+    same_structure,
+    strong,
+)
+from ._errors import SignatureError, StateDriftError
+from ._split import check_halves
 from ._types import AnyParams, State, Stateful, Tree
 
 _MOST_ROUNDS = 8
@@ -35,6 +47,7 @@ def settle_state(fn: Stateful[..., Any], params: AnyParams, state: Tree, /, *arg
         The state, its leaves broadcast or cast.
 
     Raises:
+        SignatureError: `fn` is no function, or a leaf is no array.
         StateDriftError: structure changes, shapes grow for ever, or a leaf cannot be broadcast to what comes out.
     """
     return _settled(fn, params, state, args, kwargs)
@@ -42,6 +55,18 @@ def settle_state(fn: Stateful[..., Any], params: AnyParams, state: Tree, /, *arg
 
 @checked  # not on settle_state itself: seen through a decorator, positional-only parameters lose their names in mypy
 def _settled(fn: Stateful[..., Any], params: AnyParams, state: Tree, args: Any, kwargs: Any) -> State:
+    where = "settle_state(fn, params, state, ...)"
+    check_function(where, "fn", fn, "settle_state(with_mutable(model), params, state, x)")
+    check_halves(where, params, state)
+    strange = [f"{path}: {kind_of(leaf)}" for path, leaf in _named(params, state) if not _has_shape(leaf)]
+    if strange:
+        raise SignatureError(
+            where,
+            "every leaf must be an array, a number, or a jax.ShapeDtypeStruct",
+            strange,
+            "a function, a string or another object is in the tree",
+            "params, state = split_params(module.init(key, x))",
+        )
     start = plain(state)
     before = now = jax.tree.map(_shape_of, start)
     for _ in range(_MOST_ROUNDS):
@@ -55,6 +80,14 @@ def _settled(fn: Stateful[..., Any], params: AnyParams, state: Tree, args: Any, 
     raise _unsettled(differences(before, now, "state"), "shapes must reach a fixed point", cause)
 
 
+def _named(params: Any, state: Any) -> list[tuple[str, Any]]:
+    return [*keyed_leaves(params, "params").items(), *keyed_leaves(state, "state").items()]
+
+
+def _has_shape(leaf: Any) -> bool:
+    return is_numeric(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
 def _shape_of(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(getattr(leaf, "shape", ()), getattr(leaf, "dtype", None) or jnp.result_type(leaf))
 
@@ -66,7 +99,8 @@ def _after(fn: Any, params: Any, state: Any, args: Any, kwargs: Any) -> State:
     def new_state(_params: Any, _state: Any, _arrays: Any) -> Any:
         filled = [leaf if array is None else array for leaf, array in zip(leaves, _arrays, strict=True)]
         _args, _kwargs = jax.tree.unflatten(treedef, filled)
-        return plain(fn(_params, _state, *_args, **_kwargs)[1])
+        form = "fn(params, state, ...) -> (out, new_state)"
+        return plain(two_of(fn(_params, _state, *_args, **_kwargs), "settle_state(fn, params, state, ...)", form)[1])
 
     settled: State = jax.tree.map(_shape_of, jax.eval_shape(new_state, params, state, arrays))
     return settled

@@ -12,8 +12,18 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from ._carry import check_drift
-from ._checks import checked
-from ._describe import abstract, describe, differences, is_array, keyed_leaves, kind_of, same_structure, wraps
+from ._checks import check_count, check_form, check_function, check_tx, checked, two_of
+from ._describe import (
+    abstract,
+    describe,
+    differences,
+    is_array,
+    is_numeric,
+    keyed_leaves,
+    kind_of,
+    same_structure,
+    wraps,
+)
 from ._errors import CollectionError, SignatureError
 from ._rngs import check_bound
 from ._types import AxisName, Carry, JittedStep, LossFn, Step
@@ -83,8 +93,11 @@ def with_optimizer(
 
     As the update step of Flax's guide on managing params and state, in one word.
     """
+    fix = "def loss_fn(params, state, batch): ...; return loss, new_state"
+    check_function("with_optimizer(loss_fn, tx)", "loss_fn", loss_fn, fix)
+    check_tx("with_optimizer(loss_fn, tx)", tx)
     tx = optax.with_extra_args_support(tx)
-    _check_count("with_optimizer(loss_fn, tx, microbatches=...)", microbatches)
+    check_count("with_optimizer(loss_fn, tx, microbatches=...)", microbatches)
 
     @wraps(loss_fn, ("carry",), replaces=2)
     def step(carry: Carry, batch: Any) -> tuple[Carry, Any]:
@@ -264,6 +277,23 @@ def _check_carry(carry: Any) -> None:
             "params were passed, or what a checkpoint gave back was not adopted",
             "init_carry(params, state, tx), or adopt_carry(restored, carry)",
         )
+    if not all(map(is_numeric, jax.tree.leaves(carry))):
+        leaves = keyed_leaves(carry, "carry").items()
+        raise SignatureError(
+            "step(carry, batch)",
+            "every leaf of the carry must be an array or a number",
+            [f"{path}: {kind_of(leaf)}" for path, leaf in leaves if not is_numeric(leaf)],
+            "the carry was put together by hand",
+            "init_carry(params, state, tx)",
+        )
+    if not (is_array(carry.step) or isinstance(carry.step, int)) or jnp.shape(carry.step):
+        raise SignatureError(
+            "step(carry, batch)",
+            "carry.step must be the count of updates, i32[]",
+            [f"carry.step: {describe(carry.step)}"],
+            "the carry was put together by hand",
+            "init_carry(params, state, tx)",
+        )
     if not all(map(_is_differentiable, jax.tree.leaves(carry.params))):
         params = keyed_leaves(carry.params, "carry.params").items()
         raise SignatureError(
@@ -277,17 +307,6 @@ def _check_carry(carry: Any) -> None:
 
 def _is_differentiable(leaf: Any) -> bool:
     return bool(jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact))
-
-
-def _check_count(where: str, count: Any) -> None:
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise SignatureError(
-            where,
-            "a whole number of at least 1",
-            [f"{describe(count)}: {count!r}" if isinstance(count, int | float) else describe(count)],
-            "zero, a negative number, a fraction, or no number",
-            where.replace("...", "4"),
-        )
 
 
 @checked
@@ -317,6 +336,7 @@ def with_ema(step: Step[Carry, BatchT, OutT], *, decay: float | Callable[[Any], 
 
     As `optax.ema` on params instead of gradients; the average is state, so a scan, mesh or checkpoint carries it.
     """
+    check_function("with_ema(step, decay=...)", "step", step, "with_ema(with_optimizer(loss_fn, tx), decay=0.999)")
     if not callable(decay) and not _is_fraction(decay):
         raise SignatureError(
             "with_ema(decay=...)",
@@ -331,7 +351,7 @@ def with_ema(step: Step[Carry, BatchT, OutT], *, decay: float | Callable[[Any], 
         _check_carry(carry)
         _check_ema(carry)
         ema = carry.state["ema"]
-        new_carry, out = step(carry, batch)
+        new_carry, out = two_of(step(carry, batch), "with_ema(step)", "step(carry, batch) -> (carry, out)")
         weight = 1 - (decay(carry.step) if callable(decay) else decay)
         new_ema = optax.incremental_update(new_carry.params, ema, weight)
         new_ema = jax.tree.map(lambda new, old: new.astype(old.dtype), new_ema, ema)
@@ -390,13 +410,16 @@ def scan_steps(step: Step[C, BatchT, OutT], *, unroll: int = 1) -> Step[C, Batch
         SignatureError: the batches' leading axes differ.
         StateDriftError: the carry comes out in another structure, shape or dtype.
     """
+    check_function("scan_steps(step)", "step", step, "scan_steps(with_optimizer(loss_fn, tx))")
+    if not isinstance(unroll, bool):
+        check_count("scan_steps(step, unroll=...)", unroll)
 
     @wraps(step)
     def scanned(carry: Any, batches: Any) -> tuple[Any, Any]:
         _check_leading(batches)
 
         def body(_carry: Any, _batch: Any) -> tuple[Any, Any]:
-            _new_carry, _out = step(_carry, _batch)
+            _new_carry, _out = two_of(step(_carry, _batch), "scan_steps(step)", "step(carry, batch) -> (carry, out)")
             return check_drift("scan_steps(step)", "carry", _carry, _new_carry), _out
 
         return jax.lax.scan(body, carry, batches, unroll=unroll)
@@ -437,9 +460,13 @@ def stack_batches(batches: Iterable[BatchT], size: int) -> Iterator[BatchT]:
         Stacks of `size` batches; fewer at the end, and where the next batch has another shape (the ragged end).
 
     Raises:
-        SignatureError: `size` is not a whole number of at least 1.
+        SignatureError: `batches` cannot be iterated, or is one batch; `size` is not a whole number of at least 1.
     """
-    _check_count("stack_batches(batches, size=...)", size)
+    given: Any = batches
+    fits = isinstance(given, Iterable) and not isinstance(given, Mapping | str | type)
+    required, fix = "an iterable of batches", "stack_batches(loader, 10)"
+    check_form("stack_batches(batches, size)", "batches", batches, fits, required, fix)
+    check_count("stack_batches(batches, size=...)", size)
     return _stacks(batches, size)
 
 
@@ -479,6 +506,7 @@ def jit_step(step: Step[C, BatchT, OutT], *, like: Any = None, donate: bool = Tr
     Raises:
         SignatureError: a leaf of `like` has no sharding.
     """
+    check_function("jit_step(step)", "step", step, "jit_step(with_optimizer(loss_fn, tx))")
     donated: Any = (0,) if donate else ()
     pinned: Any = {} if like is None else _pinned(_shardings(like))
     jitted: Any = jax.jit(step, donate_argnums=donated, **pinned)

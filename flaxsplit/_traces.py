@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-from ._checks import checked
+from ._checks import check_count, check_form, checked
 from ._describe import Difference, abstract, differences, name_of
 from ._errors import RetraceError
 
@@ -46,6 +46,8 @@ def assert_max_traces(fn: Callable[P, R], max_traces: int = 1) -> Callable[P, R]
 
     As `chex.assert_max_traces`, but it says why.
     """
+    check_form("assert_max_traces(fn)", "fn", fn, callable(fn), "a function", "assert_max_traces(step)")
+    check_count("assert_max_traces(fn, max_traces=...)", max_traces)
     seen: list[dict[str, Any]] = []
     lock = threading.Lock()
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import jax
 from jax.custom_batching import custom_vmap
 
-from ._checks import checked
+from ._checks import check_axis_name, check_count, check_form, check_function, checked, two_of
 from ._describe import describe, differences, keyed_leaves, shorten, wraps
 from ._errors import CollectionError, SignatureError, StateDriftError, UnsyncedStateError
 from ._rngs import draw, is_bound, split_key
@@ -58,10 +58,12 @@ def vmap_stateful(
     Raises:
         UnsyncedStateError: a shared leaf came out different per lane; names it.
         SignatureError: batch sizes differ, nothing is mapped, or `axis_name` is bound already.
-        CollectionError: `state_axes` names a collection that the state lacks.
+        CollectionError: `state_axes` or `split_rngs` names a collection or stream that is not there.
 
     As `jax.vmap`, but it knows params, state and rngs apart.
     """
+    check_function("vmap_stateful(fn)", "fn", fn, "vmap_stateful(with_mutable(model))")
+    _check_options(axis_name, state_axes, split_rngs, axis_size, spmd_axis_name)
 
     @wraps(fn)
     def mapped(params: Tree, state: Tree, /, *args: Any, rngs: Any = None, **kwargs: Any) -> tuple[Any, State]:
@@ -81,7 +83,8 @@ def vmap_stateful(
             nonlocal untouched
             _state = {**_rest, "rngs": _keys[1]} if held else _rest
             _given = {} if rngs is None else {"rngs": _keys[0]}
-            _out, _new_state = fn(_params, _state, *_args, **_given, **kwargs)
+            _result = fn(_params, _state, *_args, **_given, **kwargs)
+            _out, _new_state = two_of(_result, "vmap_stateful(fn)", "fn(params, state, ...) -> (out, new_state)")
             _check_collections(_state, _new_state)
             untouched = not held or _same_leaves(_keys[1], _new_state["rngs"])
             return _out, {name: _new_state[name] for name in _rest}
@@ -108,6 +111,18 @@ def vmap_stateful(
     return cast(StatefulT, mapped)
 
 
+def _check_options(axis_name: Any, state_axes: Any, split_rngs: Any, axis_size: Any, spmd_axis_name: Any) -> None:
+    for option, name in (("axis_name", axis_name), ("spmd_axis_name", spmd_axis_name)):
+        if name is not None:
+            check_axis_name(f"vmap_stateful({option}=...)", option, name)
+    if axis_size is not None:
+        check_count("vmap_stateful(axis_size=...)", axis_size)
+    fits, fix = isinstance(state_axes, Mapping | None), "vmap_stateful(fn, state_axes={'batch_stats': 0})"
+    check_form("vmap_stateful(state_axes=...)", "state_axes", state_axes, fits, "{collection: axes}", fix)
+    fits, fix = isinstance(split_rngs, bool | Mapping), "vmap_stateful(fn, split_rngs={'dropout': True})"
+    check_form("vmap_stateful(split_rngs=...)", "split_rngs", split_rngs, fits, "a bool, or {stream: bool}", fix)
+
+
 def _same_leaves(before: Any, after: Any) -> bool:
     old, new = jax.tree.leaves(before), jax.tree.leaves(after)
     return len(old) == len(new) and all(a is b for a, b in zip(old, new, strict=True))
@@ -119,6 +134,16 @@ def _lane_keys(rngs: tuple[Any, ...], split: bool | Mapping[str, bool], size: in
     def wanted(name: str) -> bool:
         return split if isinstance(split, bool) else split.get(name, True)
 
+    unknown = [] if isinstance(split, bool) else [name for name in split if not any(name in each for each in rngs)]
+    if unknown:
+        streams = sorted({name for each in rngs for name in each})
+        raise CollectionError(
+            "vmap_stateful(split_rngs=...)",
+            "every stream that is named must be among the rngs",
+            [f"{name!r} is not one of {streams}" for name in unknown],
+            "a misspelt stream, or one that the state does not have",
+            "vmap_stateful(fn, split_rngs={'dropout': True})",
+        )
     keys = [{name: split_key(key, size) if wanted(name) else key for name, key in each.items()} for each in rngs]
     return tuple(keys), tuple({name: 0 if wanted(name) else None for name in each} for each in rngs)
 
@@ -158,9 +183,10 @@ def _lanes(
     roots |= {f"args[{i}]": (arg, arg_axes[i]) for i, arg in enumerate(args)}
     sizes = {}
     for name, (tree, prefix) in roots.items():
-        leaf_axes = jax.tree.leaves(jax.tree.broadcast(prefix, tree, is_leaf=_is_none), is_leaf=_is_none)
-        for (path, leaf), axis in zip(keyed_leaves(tree, name).items(), leaf_axes, strict=True):
-            if axis is not None:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
+        for (keys, leaf), axis in zip(leaves, _spread(name, prefix, tree), strict=True):
+            if axis is not None and leaf is not None:
+                path = name + jax.tree_util.keystr(keys)
                 shape = getattr(leaf, "shape", ())
                 sizes[path] = (shape[axis] if -len(shape) <= axis < len(shape) else None, describe(leaf), axis)
     often = Counter(size for size, _, _ in sizes.values())
@@ -183,6 +209,25 @@ def _lanes(
 
 def _is_none(node: Any) -> bool:
     return node is None
+
+
+def _spread(name: str, prefix: Any, tree: Any) -> list[Any]:
+    """Gives each leaf of a tree the axis that a prefix of the tree says for it."""
+    try:
+        axes = jax.tree.leaves(jax.tree.broadcast(prefix, tree, is_leaf=_is_none), is_leaf=_is_none)
+    except ValueError:
+        axes = [prefix]
+    strange = [axis for axis in axes if not (axis is None or (isinstance(axis, int) and not isinstance(axis, bool)))]
+    if strange:
+        option = {"params": "params_axes", "state": "state_axes"}.get(name, "in_axes")
+        raise SignatureError(
+            f"vmap_stateful({option}=...)",
+            "axes must be whole numbers or None, or a tree of these that begins as the argument does",
+            [f"for {name}: {describe(strange[0])}"],
+            "the axes were made for another argument, or something else was passed",
+            f"{option}={{'batch_stats': 0}}" if name == "state" else f"{option}=0",
+        )
+    return axes
 
 
 def _check_unbound(axis_name: str | None) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -992,7 +993,7 @@ def test_a_leaf_that_is_no_array() -> None:
         params['abstract']: ShapeDtypeStruct f32[3]
         params['activation']: custom_jvp
         params['name']: str
-      likely cause: a function, a string, an abstract value or another object is in the tree
+      likely cause: a function, a string, an abstract value, a donated array or another object is in the tree
       fix: keep what does not change in the closure of the step; for an abstract carry, jax.eval_shape of init_carry
     """)
 
@@ -1380,7 +1381,7 @@ def test_ema_in_another_precision_is_no_mistake() -> None:
     ("decay", "came"), [(1.5, "1.5"), (-0.1, "-0.1"), (99, "99"), ("0.9", "str"), (None, "NoneType")]
 )
 def test_a_decay_that_is_no_fraction(decay: Any, came: str) -> None:
-    error = fails(fs.SignatureError, fs.with_ema, None, decay=decay)
+    error = fails(fs.SignatureError, fs.with_ema, fs.with_optimizer(squares, TX), decay=decay)
     assert str(error) == whole("""
     with_ema(decay=...): a number between 0 and 1, or a schedule
       got:
@@ -1630,3 +1631,261 @@ def test_failing_while_tracing_leaves_no_warning_behind() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fails(fs.SignatureError, fs.with_optimizer(squares, TX), None, X)
+
+
+# ---- arguments of another form, said before anything is traced
+
+
+@pytest.mark.parametrize(
+    ("call", "where", "name", "fix"),
+    [
+        (fs.with_rngs, "with_rngs(fn)", "fn", "with_rngs(with_mutable(model))"),
+        (fs.vmap_stateful, "vmap_stateful(fn)", "fn", "vmap_stateful(with_mutable(model))"),
+        (
+            lambda fn: fs.settle_state(fn, {}, {}),
+            "settle_state(fn, params, state, ...)",
+            "fn",
+            "settle_state(with_mutable(model), params, state, x)",
+        ),
+        (
+            lambda fn: fs.with_optimizer(fn, TX),
+            "with_optimizer(loss_fn, tx)",
+            "loss_fn",
+            "def loss_fn(params, state, batch): ...; return loss, new_state",
+        ),
+        (
+            lambda fn: fs.with_ema(fn, decay=0.9),
+            "with_ema(step, decay=...)",
+            "step",
+            "with_ema(with_optimizer(loss_fn, tx), decay=0.999)",
+        ),
+        (fs.scan_steps, "scan_steps(step)", "step", "scan_steps(with_optimizer(loss_fn, tx))"),
+        (fs.jit_step, "jit_step(step)", "step", "jit_step(with_optimizer(loss_fn, tx))"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("given", "came"),
+    [(MLP(4), "MLP"), (MLP, "the class MLP"), (TX, "GradientTransformationExtraArgs"), (None, "NoneType")],
+)
+def test_what_is_no_function(call: Any, where: str, name: str, fix: str, given: Any, came: str) -> None:
+    error = fails(fs.SignatureError, call, given)
+    assert str(error) == whole(f"""
+    {where}: {name} must be a function, and no module or class
+      got:
+        {name}: {came}
+      likely cause: something else was passed, or the arguments are in another order
+      fix: {fix}
+    """)
+
+
+OTHER_FORMS: list[tuple[Any, str]] = [
+    (
+        functools.partial(fs.init_carry, params={}, state={}, tx=optax.adam),
+        "init_carry(params, state, tx): tx must be an optax transformation: it has init and update|"
+        "tx: function|tx = optax.adam(1e-3)",
+    ),
+    (
+        functools.partial(fs.with_optimizer, loss_fn=squares, tx=0.1),
+        "with_optimizer(loss_fn, tx): tx must be an optax transformation: it has init and update|"
+        "tx: float|tx = optax.adam(1e-3)",
+    ),
+    (
+        functools.partial(fs.vmap_stateful, fn=squares, axis_name=0),
+        "vmap_stateful(axis_name=...): axis_name must be the name of an axis, or a tuple of names|"
+        "axis_name: int|axis_name='batch'",
+    ),
+    (
+        functools.partial(fs.vmap_stateful, fn=squares, spmd_axis_name=["data"]),
+        "vmap_stateful(spmd_axis_name=...): spmd_axis_name must be the name of an axis, or a tuple of names|"
+        "spmd_axis_name: list|spmd_axis_name='batch'",
+    ),
+    (
+        functools.partial(fs.vmap_stateful, fn=squares, state_axes=0),
+        "vmap_stateful(state_axes=...): state_axes must be {collection: axes}|"
+        "state_axes: int|vmap_stateful(fn, state_axes={'batch_stats': 0})",
+    ),
+    (
+        functools.partial(fs.vmap_stateful, fn=squares, split_rngs="dropout"),
+        "vmap_stateful(split_rngs=...): split_rngs must be a bool, or {stream: bool}|"
+        "split_rngs: str|vmap_stateful(fn, split_rngs={'dropout': True})",
+    ),
+    (
+        functools.partial(fs.with_mutable, fn=MLP(4), method="decode"),
+        "with_mutable(method=...): method must be a method of the module, or its name|"
+        "method: str|with_mutable(model, method=Model.decode)",
+    ),
+    (
+        functools.partial(fs.with_mutable, fn=MLP(4), mutable=1),
+        "with_mutable(mutable=...): mutable must be a collection's name, names, a DenyList, or a bool|"
+        "mutable: int|with_mutable(fn, mutable=['batch_stats'])",
+    ),
+    (
+        functools.partial(fs.with_mutable, fn=MLP(4), capture=True),
+        "with_mutable(capture=...): capture must be the name of a sown collection, or names|"
+        "capture: bool|with_mutable(fn, capture='intermediates')",
+    ),
+    (
+        functools.partial(fs.stack_batches, batches={"x": X}, size=2),
+        "stack_batches(batches, size): batches must be an iterable of batches|batches: dict|stack_batches(loader, 10)",
+    ),
+    (
+        functools.partial(fs.assert_max_traces, fn=3),
+        "assert_max_traces(fn): fn must be a function|fn: int|assert_max_traces(step)",
+    ),
+    (
+        functools.partial(fs.from_nnx, module=nnx.Linear(1, 1, rngs=nnx.Rngs(0)), method="decode"),
+        "from_nnx(method=...): method must be a function of the module|"
+        "method: str|from_nnx(module, method=Model.decode)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "said"), OTHER_FORMS, ids=[said.split(":")[0] for _, said in OTHER_FORMS])
+def test_options_of_another_form(call: Any, said: str) -> None:
+    error = fails(fs.SignatureError, call)
+    required, came, fix = said.split("|")
+    assert str(error) == whole(f"""
+    {required}
+      got:
+        {came}
+      likely cause: something else was passed, or the arguments are in another order
+      fix: {fix}
+    """)
+
+
+@pytest.mark.parametrize(
+    ("call", "where"),
+    [
+        (lambda count: fs.assert_max_traces(squares, count), "assert_max_traces(fn, max_traces=...)"),
+        (lambda count: fs.scan_steps(squares, unroll=count), "scan_steps(step, unroll=...)"),
+        (lambda count: fs.vmap_stateful(squares, axis_size=count), "vmap_stateful(axis_size=...)"),
+    ],
+)
+def test_counts_that_are_none(call: Any, where: str) -> None:
+    error = fails(fs.SignatureError, call, 0)
+    assert str(error) == whole(f"""
+    {where}: a whole number of at least 1
+      got:
+        int: 0
+      likely cause: zero, a negative number, a fraction, or no number
+      fix: {where.replace("...", "4")}
+    """)
+
+
+def test_axes_that_do_not_fit() -> None:
+    fn = fs.vmap_stateful(lambda params, state, x: (x, state), in_axes={"x": 0})
+    error = fails(fs.SignatureError, fn, {}, {}, {"y": X})
+    assert str(error) == whole("""
+    vmap_stateful(in_axes=...): axes must be whole numbers or None, or a tree of these that begins as the argument does
+      got:
+        for args[0]: dict
+      likely cause: the axes were made for another argument, or something else was passed
+      fix: in_axes=0
+    """)
+
+
+def test_an_argument_that_is_none_is_mapped_over_nothing() -> None:
+    fn = fs.vmap_stateful(lambda params, state, x, mask: (x if mask is None else x * mask, state))
+    out, _ = fn({}, {}, X, None)
+    assert jnp.array_equal(out, X)
+
+
+def test_a_stream_that_is_no_key() -> None:
+    fn = fs.with_rngs(fs.with_mutable(Dropping()))
+    params, state = halves(Dropping(), X)
+    error = fails(fs.SignatureError, fn, params, state | {"rngs": {"dropout": 0}}, X)
+    assert str(error) == whole("""
+    with_rngs(fn): state['rngs'] must hold one PRNG key per stream
+      got:
+        state['rngs']['dropout']: int
+      likely cause: a seed, or another collection, is there
+      fix: state | rng_state(dropout=jax.random.key(0))
+    """)
+    assert fails(fs.SignatureError, fn, params, state | {"rngs": KEY}, X).leaves == ("state['rngs']: key<fry>[]",)
+
+
+def test_a_collection_that_is_no_mapping() -> None:
+    params, state = halves(MLP(4), X)
+    error = fails(fs.CollectionError, fs.with_mutable(MLP(4)), params, state | {"step": jnp.zeros(())}, X)
+    assert str(error) == whole("""
+    with_mutable(fn): every collection must be a mapping, its keys strings
+      got:
+        'step': f32[]
+      likely cause: the state holds leaves beside collections, or trees of another library
+      fix: state | {'name': {'leaf': leaf}}
+    """)
+
+
+def test_a_state_to_settle_holds_no_array() -> None:
+    error = fails(fs.SignatureError, fs.settle_state, squares, {}, {"c": {"name": "relu"}})
+    assert str(error) == whole("""
+    settle_state(fn, params, state, ...): every leaf must be an array, a number, or a jax.ShapeDtypeStruct
+      got:
+        state['c']['name']: str
+      likely cause: a function, a string or another object is in the tree
+      fix: params, state = split_params(module.init(key, x))
+    """)
+
+
+@pytest.mark.parametrize("what", ["scan_steps(step)", "with_ema(step)"])
+def test_a_step_that_returns_one_thing(what: str) -> None:
+    step = fs.scan_steps(lambda carry, batch: carry) if "scan" in what else fs.with_ema(lambda c, b: c[:1], decay=0.9)
+    carry = fs.init_carry({"w": jnp.ones(3)}, {"ema": {"w": jnp.ones(3)}}, TX)
+    error = fails(fs.SignatureError, step, carry, jnp.ones((2, 3)))
+    assert str(error) == whole(f"""
+    {what}: must return two things: step(carry, batch) -> (carry, out)
+      got:
+        {"Carry" if "scan" in what else "a tuple of 1"}
+      likely cause: a result is missing
+      fix: step(carry, batch) -> (carry, out)
+    """)
+
+
+def test_a_carry_put_together_by_hand() -> None:
+    step = fs.with_optimizer(squares, TX)
+    error = fails(fs.SignatureError, step, one(c={"mean": jnp.ones(2)})._replace(state={"c": "mean"}), jnp.ones(3))
+    assert str(error) == whole("""
+    step(carry, batch): every leaf of the carry must be an array or a number
+      got:
+        carry.state['c']: str
+      likely cause: the carry was put together by hand
+      fix: init_carry(params, state, tx)
+    """)
+    error = fails(fs.SignatureError, step, one()._replace(step=jnp.zeros(2)), jnp.ones(3))
+    assert str(error) == whole("""
+    step(carry, batch): carry.step must be the count of updates, i32[]
+      got:
+        carry.step: f32[2]
+      likely cause: the carry was put together by hand
+      fix: init_carry(params, state, tx)
+    """)
+
+
+def test_a_donated_array_is_named() -> None:
+    gone = jnp.ones(3)
+    gone.delete()
+    error = fails(fs.SignatureError, lambda: fs.init_carry({"w": gone}, {}, TX))
+    assert error.leaves == ("params['w']: deleted f32[3]",)
+    error = fails(fs.CollectionError, lambda: fs.adopt_carry(one()._replace(params={"w": gone}), one()))
+    assert error.leaves == ("carry.params['w']: f32[3] -> deleted f32[3]",)
+
+
+def test_adopting_like_what_is_no_carry() -> None:
+    error = fails(fs.SignatureError, fs.adopt_carry, one(), {"w": 1.0})
+    assert str(error) == whole("""
+    adopt_carry(restored, like): every leaf of like must say its shape and dtype
+      got:
+        like['w']: float
+      likely cause: restored and like were swapped, or like is no carry
+      fix: adopt_carry(restored, init_carry(params, state, tx))
+    """)
+
+
+def test_a_tree_of_500_levels_goes_through() -> None:
+    tree: Any = jnp.ones(1)
+    for _ in range(500):
+        tree = {"a": tree}
+    params, state = fs.split_params({"params": tree, "c": tree})
+    carry = fs.init_carry(params, state, TX)
+    assert fs.merge_state(carry.params, carry.state).keys() == {"params", "c"}
+    assert len(jax.tree.leaves(fs.adopt_carry(carry, carry))) == 3

@@ -1,0 +1,58 @@
+"""More than a thousand wrong calls: each is refused in our words or, for a reason, in JAX's, and changes nothing."""
+
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flaxsplit as fs
+from flaxsplit import _checks
+from flaxsplit._errors import Explained
+from tests import wrong_calls as wrong
+
+ROOT = pathlib.Path(__file__).parent.parent
+RIGHT = wrong.fixed()
+# A checker of types refuses some of what is accepted without: a list as params.
+pytestmark = pytest.mark.skipif(bool(_checks.TYPECHECKER), reason="says what holds without a checker")
+
+
+def bytes_of(tree: Any) -> list[bytes]:
+    """The values of all leaves; a deleted one has none and fails."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    return [np.asarray(leaf).tobytes() for leaf in leaves]
+
+
+def fixed_bytes() -> list[bytes]:
+    return bytes_of([RIGHT.variables, RIGHT.params, RIGHT.state, RIGHT.w, RIGHT.carry])
+
+
+@pytest.mark.parametrize("call", wrong.CALLS)
+@pytest.mark.filterwarnings("ignore::flaxsplit.UntouchedStateWarning")  # where the call is right after all
+def test_wrong_arguments_are_refused_and_change_nothing(call: str) -> None:
+    before = fixed_bytes()
+    with fs.compile_log() as log:
+        outcomes = {kind: wrong.outcome(call, kind, RIGHT) for kind in wrong.KINDS}
+    ours = {kind for kind, name in outcomes.items() if isinstance(getattr(fs, name, None), type)}
+    assert all(issubclass(getattr(fs, outcomes[kind]), Explained) for kind in ours)
+    foreign = wrong.FOREIGN.get(call, {})
+    expected = dict.fromkeys(wrong.RIGHT.get(call, ()), "accepted") | foreign
+    assert {kind: outcome for kind, outcome in outcomes.items() if kind not in ours} == expected
+    assert fixed_bytes() == before
+    if "accepted" not in outcomes.values():  # else the right call among them compiles
+        assert not log.compiles["squares"]
+
+
+def test_every_public_function_is_tried() -> None:
+    functions = {name for name, value in vars(fs).items() if callable(value) and not isinstance(value, type)}
+    tried = {call.partition("(")[0] for call in wrong.CALLS}
+    assert functions - tried == {"compile_log"}  # takes no argument
+
+
+def test_the_page_of_errors_is_of_today() -> None:
+    done = subprocess.run([sys.executable, "tools/errors_page.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,100 @@
+"""Writes `docs/errors.md` with `--write`; without, fails where the page is not what would be written.
+
+The classes with what each is for, and the table of wrong calls that `tests/test_bad_input.py` makes.
+"""
+
+import argparse
+import collections
+import inspect
+import os
+import pathlib
+import sys
+import warnings
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "errors.md"
+sys.path[:0] = [str(ROOT)]
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+
+import flaxsplit as fs  # noqa: E402 (JAX reads the variables above when it is imported)
+from tests import wrong_calls as wrong  # noqa: E402
+
+CLASSES = (
+    fs.CollectionError,
+    fs.SignatureError,
+    fs.StateDriftError,
+    fs.UnsyncedStateError,
+    fs.RetraceError,
+    fs.UntouchedStateWarning,
+)
+
+
+def page() -> str:
+    """The page, from the classes and from what each wrong call ends in now."""
+    right = wrong.fixed()
+    outcomes = {call: {kind: wrong.outcome(call, kind, right) for kind in wrong.KINDS} for call in wrong.CALLS}
+    classes = [
+        f"| `{each.__name__}` | `{each.__mro__[2].__name__}` | {inspect.getdoc(each)} |".replace("\n", " ")
+        for each in CLASSES
+    ]
+    rows = [f"| `{call}` | {said(by_kind)} |" for call, by_kind in outcomes.items()]
+    refused = collections.Counter(name for by_kind in outcomes.values() for name in by_kind.values())
+    accepted = refused.pop("accepted")
+    foreign = sum(count for name, count in refused.items() if "." in name)
+    ours = refused.total() - foreign
+    return "\n".join([
+        "# Errors",
+        "",
+        "Every message says which function and argument failed, what was required, what came (by key path, never by",
+        "value), the likely cause, and the corrected call. Each is an attribute of the error too: `where`, `required`,",
+        "`leaves`, `cause`, `fix`.",
+        "",
+        "| class | is a | when |",
+        "|---|---|---|",
+        *classes,
+        "",
+        "## Wrong calls",
+        "",
+        f"Every argument of every function, given {len(wrong.KINDS)} kinds of value: {', '.join(wrong.KINDS)}.",
+        f"Of {refused.total() + accepted} calls {accepted} are right for that argument, {refused.total()} are refused:",
+        f"{ours} by an error of ours, {foreign} by one of JAX's or Python's own, which",
+        "says it better. None changes or deletes what it was given. `tests/test_bad_input.py` makes them all,",
+        "`tools/errors_page.py --write` writes this page.",
+        "",
+        "| wrong argument | refused with |",
+        "|---|---|",
+        *rows,
+        "",
+    ])  # fmt: skip
+
+
+def said(by_kind: dict[str, str]) -> str:
+    """One call's outcomes: each error with how many kinds end in it, the rare ones by kind."""
+    kinds = collections.defaultdict(list)
+    for kind, name in by_kind.items():
+        kinds[name].append(kind)
+    kinds.pop("accepted", None)
+    return "; ".join(
+        f"`{name.removeprefix('builtins.')}`: {', '.join(each) if len(each) < 4 else f'{len(each)} kinds'}"
+        for name, each in sorted(kinds.items())
+    )
+
+
+def main() -> int:
+    """Writes or compares; returns what the shell is told."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the page")
+    warnings.simplefilter("ignore", fs.UntouchedStateWarning)
+    options, text = parser.parse_args(), page()
+    if options.write:
+        PAGE.write_text(text)
+    elif not PAGE.exists() or PAGE.read_text() != text:
+        print("docs/errors.md is not what tools/errors_page.py --write would write")
+        return 1
+    print(f"{PAGE.relative_to(ROOT)}: {len(wrong.CALLS)} arguments, {len(wrong.KINDS)} kinds")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
