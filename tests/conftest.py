@@ -24,5 +24,5 @@ settings.register_profile(
 settings.register_profile("deep", settings.get_profile("default"), max_examples=10_000, derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Read by type checkers (`make types`), not run: half of it is there to be rejected.
-collect_ignore = ["typing"]
+# Read by type checkers (`make types`), not run: half of it is there to be rejected. And a process of its own.
+collect_ignore = ["typing", "distributed/worker.py"]
