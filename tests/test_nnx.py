@@ -174,7 +174,7 @@ def test_what_is_written_back_outlives_a_donated_step() -> None:
 def test_a_mode_is_static() -> None:
     model = m.MLP(rngs=m.rngs())
     training, params, state = fs.from_nnx(model)
-    model.eval()  # type: ignore[no-untyped-call]  # flax does not annotate it
+    model.eval()  # type: ignore[no-untyped-call]
     evaluating, _, _ = fs.from_nnx(model)
     _, trained_on = training(params, state, m.X)
     out, same = evaluating(params, state, m.X)
@@ -276,7 +276,7 @@ def test_every_key_is_a_string() -> None:
 @pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="flax 0.12 has two modes")
 def test_shared_variables_are_taken_in_tree_mode_too() -> None:
     model = m.Tied(rngs=m.rngs())
-    with nnx.set_graph_mode(False):
+    with nnx.set_graph_mode(False):  # type: ignore[no-untyped-call]
         fn, params, state = fs.from_nnx(model)
         out, _ = fn(params, state, m.WORDS)
     assert_equal(out, model(m.WORDS))
@@ -388,7 +388,7 @@ def test_nnx_in_linen_is_a_linen_module() -> None:
 @pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="flax 0.12 has two modes")
 @pytest.mark.parametrize("graph", [True, False])
 def test_in_graph_mode_and_in_tree_mode(graph: bool) -> None:
-    with nnx.set_graph_mode(graph):
+    with nnx.set_graph_mode(graph):  # type: ignore[no-untyped-call]
         model = m.MLP(rngs=m.rngs())
         fn, params, state = fs.from_nnx(model)
         carry = fs.init_carry(params, state, ADAM)

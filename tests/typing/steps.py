@@ -103,6 +103,8 @@ def lambdas() -> None:
     assert_type(aux(carry, x)[1], tuple[Array, int])
     assert_type(fs.jit_step(fs.scan_steps(fs.with_ema(step, decay=0.9)))(carry, x), tuple[fs.Carry, Array])
     fs.jit_step(lambda carry, batch: (carry + batch, None))(x, x)
+    mapped = fs.vmap_stateful(lambda params, state, x: (x, state))
+    mapped(params, state, x)  # type: ignore[no-untyped-call]
     fs.with_optimizer(lambda params, state, batch: (batch[0].mean(), state), tx)  # type: ignore[index]  # pyright: ignore[reportIndexIssue]
     fs.with_optimizer(lambda params, state: (params["w"].mean(), state), tx)  # type: ignore[misc, arg-type]  # pyright: ignore[reportArgumentType]
 
@@ -135,6 +137,8 @@ def carries() -> None:
     apply(updated, {**state, "cache": {}}, x)
     apply(FrozenDict(params), FrozenDict(state), x)
     assert_type(carry._replace(params=updated), fs.Carry)
+    placed: Any = jax.device_put((params, state))
+    fs.init_carry(*placed, tx)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     assert_type(carry.step + 1, Array)
     assert_type(carry.opt_state[0].mu, Any)
     fs.init_carry(params, tx, state)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
