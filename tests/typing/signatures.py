@@ -39,6 +39,16 @@ assert_type(fs.with_mutable(model.apply)(params, state, x)[0], Any)
 assert_type(fs.with_mutable(functools.partial(model.apply, train=True))(params, state, x)[0], Any)
 
 
+def plain(variables: dict[str, Any], x: Array, train: bool = False, mutable: Any = False) -> Any:
+    return model.apply(variables, x, train, mutable=mutable)
+
+
+assert_type(fs.with_mutable(plain)(params, state, x, train=True), tuple[Any, dict[str, Any]])
+assert_type(fs.with_mutable(jax.jit(model.apply))(params, state, x)[0], Any)
+fs.with_mutable(plain, mutable=3)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+fs.with_mutable(3)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
 class Net(nnx.Module):
     """The same in NNX."""
 
