@@ -42,21 +42,23 @@ types: types-once  ## mypy and pyright, both strict, and what they must reject; 
 	$(MAKE) --no-print-directory types-once PYTHON="$$python" VENV=$(VENV)-types
 	@echo "make types: no errors"
 
-# pyright reads [tool.pyright] for what to check: the package and its type tests, strictly. With --verifytypes it looks for
-# the package where the python on PATH finds it, whatever --pythonpath says. stubtest needs no list of exceptions.
+# pyright reads [tool.pyright] for what to check: the same, strictly. With --verifytypes it looks for the package where the
+# python on PATH finds it, whatever --pythonpath says. stubtest needs no list of exceptions; the overlay's check brings its own.
 types-once: $(VENV)/.installed-dev $(VENV)/.installed-stubs
-	$(BIN)/mypy --strict flaxsplit $(wildcard tests/typing examples benchmarks)
+	$(BIN)/mypy --strict flaxsplit tests examples benchmarks tools
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pyright --verifytypes flaxsplit --ignoreexternal
 	$(BIN)/python -m mypy.stubtest flaxsplit --concise --mypy-config-file pyproject.toml
+	$(BIN)/python stubs/check
 	$(BIN)/python tools/types_table.py
 
 lint: $(VENV)/.installed-lint  ## ruff
 	$(BIN)/ruff check
 	@echo "make lint: no findings"
 
-lowest: $(VENV)-lowest/.installed-floors  ## the tests with the oldest dependencies supported
+lowest: $(VENV)-lowest/.installed-floors  ## the tests with the oldest dependencies supported, the overlay's too
 	$(VENV)-lowest/bin/$(PYTEST)
+	$(VENV)-lowest/bin/python stubs/check
 	@echo "make lowest: all tests passed"
 
 # The one run against the built wheel rather than this folder: appended to the path, this folder comes after the wheel.
@@ -82,8 +84,10 @@ $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; } >&2
 endef
 
+STUBS := $(shell find stubs -name '*.pyi' -o -name '*.toml')
+
 # A stamp says that an installation ended well; a changed pyproject.toml makes it stale, a second call does nothing.
-$(VENV)/.installed-stubs: $(VENV)/.created $(shell find stubs -name '*.pyi' -o -name '*.toml' 2>/dev/null)
+$(VENV)/.installed-stubs: $(VENV)/.created $(STUBS)
 	$(BIN)/python -m pip install ./stubs
 	@touch $@
 
@@ -91,9 +95,9 @@ $(VENV)/.installed-%: pyproject.toml $(VENV)/.created
 	$(BIN)/python -m pip install -e '.[$*]'
 	@touch $@
 
-$(VENV)-lowest/.installed-floors: pyproject.toml tools/floors.py $(VENV)-lowest/.created
+$(VENV)-lowest/.installed-floors: pyproject.toml tools/floors.py $(STUBS) $(VENV)-lowest/.created
 	$(VENV)-lowest/bin/python tools/floors.py > $(VENV)-lowest/floors.txt
-	$(VENV)-lowest/bin/python -m pip install -c $(VENV)-lowest/floors.txt -e '.[test]'
+	$(VENV)-lowest/bin/python -m pip install -c $(VENV)-lowest/floors.txt -e '.[test,types]' ./stubs
 	@touch $@
 
 # Not deleted as an intermediate file, although only pattern rules name it.

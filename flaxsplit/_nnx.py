@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from types import EllipsisType
-from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar, overload
 
 import flax.linen as nn
 import jax
@@ -20,10 +20,16 @@ from ._mutable import HIDDEN
 from ._split import check_halves
 from ._types import AnyParams, Params, State, Stateful, Trainable, Tree
 
-P = ParamSpec("P")
+if TYPE_CHECKING:
+    import typing_extensions  # typing itself takes a default from Python 3.13 on
+
+    # Of a module that is Any nothing is known; without these defaults mypy asks for an annotation of what comes out.
+    P = typing_extensions.ParamSpec("P", default=...)
+    R = typing_extensions.TypeVar("R", default=Any)
+    R_co = typing_extensions.TypeVar("R_co", default=Any, covariant=True)
+else:
+    P, R, R_co = ParamSpec("P"), TypeVar("R"), TypeVar("R_co", covariant=True)
 M = TypeVar("M")
-R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
 
 NnxTrainable: TypeAlias = Trainable | type | Callable[[Any, Any], bool] | EllipsisType | bool
 """One of NNX's filters, a glob, a tree of bools, or a sequence of these. A callable is NNX's: `(path, variable)`."""

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,16 @@ from ._errors import CollectionError, SignatureError
 from ._rngs import check_bound
 from ._types import AxisName, Carry, JittedStep, LossFn, Step
 
-C = TypeVar("C")
-AuxT = TypeVar("AuxT")
-BatchT = TypeVar("BatchT")
-OutT = TypeVar("OutT")
+if TYPE_CHECKING:
+    import typing_extensions  # typing itself takes a default from Python 3.13 on
+
+    # What a lambda leaves open is then Any to mypy, and not Never, which no batch is.
+    C = typing_extensions.TypeVar("C", default=Any)
+    BatchT = typing_extensions.TypeVar("BatchT", default=Any)
+    AuxT = typing_extensions.TypeVar("AuxT", default=Any)
+    OutT = typing_extensions.TypeVar("OutT", default=Any)
+else:
+    C, BatchT, AuxT, OutT = map(TypeVar, ("C", "BatchT", "AuxT", "OutT"))
 T = TypeVar("T")
 
 

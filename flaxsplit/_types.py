@@ -56,7 +56,7 @@ class Carry(NamedTuple):
     step: Int[Array, ""]
     params: Any  # nested dicts; Any, since what `optax.apply_updates` returns is typed as any tree at all
     state: State
-    opt_state: optax.OptState
+    opt_state: Any  # as params: optax types it as any tree, in which no optimizer's own fields are to be seen
 
 
 class LinenModule(Protocol[P, R_co]):

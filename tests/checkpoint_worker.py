@@ -6,6 +6,7 @@ restored without. Ends by writing every leaf to FOLDER/end.npz. The parent (test
 
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,19 +21,19 @@ STEPS = 40
 _apply = fs.with_rngs(fs.vmap_stateful(fs.with_mutable(Dropping())))
 
 
-def loss_fn(params, state, batch):
+def loss_fn(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
     """A mean square over a model with every kind of state."""
     out, state = _apply(params, state, batch, train=True)
     return ((out - 1) ** 2).mean(), state
 
 
-def start(tx):
+def start(tx: optax.GradientTransformation) -> fs.Carry:
     """The carry of step 0."""
     params, state = fs.split_params(Dropping().init(jax.random.key(0), X[0], train=False))
     return fs.init_carry(params, state | fs.rng_state(dropout=jax.random.key(1)) | {"ema": params}, tx)
 
 
-def main(folder, how):
+def main(folder: pathlib.Path, how: str) -> None:
     """Trains to the last step."""
     tx = optax.adam(1e-2)
     step = fs.jit_step(fs.assert_max_traces(fs.with_ema(fs.with_optimizer(loss_fn, tx), decay=0.9)))
@@ -50,8 +51,8 @@ def main(folder, how):
         manager.wait_until_finished()
     print("compiles", log.compiles["loss_fn"], "traces", log.traces["loss_fn"], flush=True)
     leaves, _ = jax.tree_util.tree_flatten_with_path(carry)
-    is_key = lambda leaf: jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
-    numpy = {
+    is_key: Any = lambda leaf: jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
+    numpy: dict[str, Any] = {
         jax.tree_util.keystr(path): np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
         for path, leaf in leaves
     }

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+structure: Any = jax.tree.structure  # typed as a class that mypy cannot resolve, so that `==` would be an error
+
 
 class BiasAdder(nn.Module):
     """The model of Flax's guide on managing params and state, as it stands there: `keepdims=True` included."""
@@ -28,7 +30,7 @@ class MLP(nn.Module):
 
     hidden_size: int = 16
     out_size: int = 1
-    axis_name: str | None = "batch"
+    axis_name: str | tuple[str, ...] | None = "batch"
 
     @nn.compact
     def __call__(self, x: Any, train: bool = False) -> Any:
@@ -42,7 +44,7 @@ class MLP(nn.Module):
 class Dropping(nn.Module):
     """BatchNorm and Dropout: every kind of state at once."""
 
-    axis_name: str | None = "batch"
+    axis_name: str | tuple[str, ...] | None = "batch"
     use_bias: bool = True
 
     @nn.compact
@@ -57,16 +59,16 @@ class Dropping(nn.Module):
 class Coder(nn.Module):
     """Two methods besides `__call__`, one of them written as setup."""
 
-    def setup(self):
+    def setup(self) -> None:
         self.encoder = nn.Dense(3)
         self.norm = nn.BatchNorm(use_running_average=False)
         self.decoder = nn.Dense(10)
 
-    def encode(self, x, scale: float = 1.0):
+    def encode(self, x: Any, scale: float = 1.0) -> Any:
         """Maps to the code."""
         return self.norm(self.encoder(x)) * scale
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> Any:
         """Maps there and back."""
         return self.decoder(self.encode(x))
 
@@ -75,7 +77,7 @@ class Block(nn.Module):
     """A layer of carried `x`, for `nn.scan`."""
 
     @nn.compact
-    def __call__(self, x, _):
+    def __call__(self, x: jax.Array, _: Any) -> tuple[Any, Any]:
         """Maps `x` to `x`."""
         x = nn.BatchNorm(use_running_average=False)(nn.Dense(10)(x))
         return x, None
@@ -85,7 +87,7 @@ class Two(nn.Module):
     """Writes two collections."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> Any:
         """Counts calls and examples."""
         calls = self.variable("calls", "n", lambda: jnp.zeros((), jnp.int32))
         examples = self.variable("examples", "n", lambda: jnp.zeros((), jnp.int32))
@@ -101,7 +103,7 @@ class Sowing(nn.Module):
     """Sows an intermediate value and a loss."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> Any:
         """Maps `[features]` to `[3]`."""
         x = nn.BatchNorm(use_running_average=False)(nn.Dense(3)(x))
         self.sow("intermediates", "hidden", x)

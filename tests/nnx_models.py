@@ -22,7 +22,7 @@ def rngs(seed: int = 0) -> nnx.Rngs:
     return nnx.Rngs(seed, dropout=seed + 1)
 
 
-class Calls(nnx.Variable):
+class Calls(nnx.Variable[Any]):
     """A type of variable that NNX does not know."""
 
 
@@ -76,13 +76,14 @@ class Containers(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs) -> None:
         many = [nnx.Linear(6, 6, rngs=rngs) for _ in range(11)]
         few = [nnx.Linear(6, 6, rngs=rngs) for _ in range(2)]
-        self.many = nnx.List(many) if NEW else many
-        self.ends = nnx.Dict(norm=nnx.LayerNorm(6, rngs=rngs), few=nnx.List(few) if NEW else few)
+        self.many: Any = nnx.List(many) if NEW else many
+        self.ends: Any = nnx.Dict(norm=nnx.LayerNorm(6, rngs=rngs), few=nnx.List(few) if NEW else few)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for layer in (*self.many, *self.ends["few"]):
             x = x + jnp.tanh(layer(x))
-        return self.ends["norm"](x)
+        out: jax.Array = self.ends["norm"](x)
+        return out
 
 
 class Layer(nnx.Module):
@@ -102,11 +103,11 @@ class Stacked(nnx.Module):
     """Three layers made by `nnx.vmap` and run by `nnx.scan`, or at once by `nnx.vmap`."""
 
     def __init__(self, *, rngs: nnx.Rngs, scan: bool = True) -> None:
-        make = nnx.vmap(lambda rngs: Layer(rngs=rngs), in_axes=0, out_axes=0)
-        self.layers = nnx.split_rngs(splits=3)(make)(rngs)
+        make: Any = nnx.vmap(lambda rngs: Layer(rngs=rngs), in_axes=0, out_axes=0)
+        self.layers: Any = nnx.split_rngs(splits=3)(make)(rngs)
         self.scan = scan
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> Any:
         if self.scan:
             return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
         return nnx.vmap(lambda x, layer: layer(x), in_axes=(None, 0))(x, self.layers).mean(0)
@@ -118,7 +119,7 @@ class Remat(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs) -> None:
         self.inner = MLP(rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> Any:
         return nnx.remat(lambda inner, x: inner(x))(self.inner, x)
 
 
@@ -172,7 +173,7 @@ class Adapted(nnx.Module):
         self.body = nnx.LoRALinear(6, 8, lora_rank=2, rngs=rngs)
         self.head = nnx.LoRA(8, 2, 3, base_module=nnx.Linear(8, 3, rngs=rngs), rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> Any:
         return self.head(nnx.relu(self.body(x)))
 
 

@@ -1,6 +1,7 @@
 """What the laws are tried on: variable trees of every kind that Flax makes, filters, optimizers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+Path: TypeAlias = tuple[str, ...]
+Strategy: TypeAlias = st.SearchStrategy[Any]
+Kind: TypeAlias = Callable[[dict[str, Any]], Mapping[str, Any]]
+
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 SHARDED = NamedSharding(MESH, PartitionSpec("data"))
 NAMES = ["Dense_0", "kernel", "bias", "a", "ß", "0", "head", "Head"]
@@ -19,24 +24,24 @@ DEEPER = [*NAMES, "params", "batch_stats"]  # right below the collection these r
 COLLECTIONS = ["batch_stats", "cache", "ema", "mine"]
 
 
-def examples(count):
+def examples(count: int) -> settings:
     """As `settings(max_examples=count)`, but the profile `deep` multiplies it."""
     return settings(max_examples=max(count, count * settings().max_examples // 25))
 
 
-class CustomMapping(Mapping):
+class CustomMapping(Mapping[str, Any]):
     """A Mapping that is neither dict nor pytree; only what the ABC asks for."""
 
-    def __init__(self, items):
+    def __init__(self, items: Mapping[str, Any]) -> None:
         self._items = dict(items)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: str) -> Any:
         return self._items[key]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._items)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._items)
 
 
@@ -67,57 +72,57 @@ PLACED = [
 ]
 
 
-def leaves():
+def leaves() -> Strategy:
     """One leaf of any kind, on one device or on a mesh."""
     return st.sampled_from([*LOCAL, *PLACED])
 
 
-def floats():
+def floats() -> Strategy:
     """One leaf that can be optimized."""
     return st.tuples(st.integers(0, 3), st.floats(-2, 2, width=16)).map(lambda pair: jnp.full(*pair, jnp.float32))
 
 
-def trees(leaf=None, names=NAMES, max_leaves=8):
+def trees(leaf: Strategy | None = None, names: list[str] = NAMES, max_leaves: int = 8) -> Strategy:
     """Nested dicts of any depth, empty branches included."""
 
-    def branch(child, names=DEEPER):
+    def branch(child: Strategy, names: list[str] = DEEPER) -> Strategy:
         return st.dictionaries(st.sampled_from(names), child, max_size=4)
 
     return branch(st.recursive(leaf if leaf is not None else leaves(), branch, max_leaves=max_leaves), names)
 
 
-def variables(leaf=None):
+def variables(leaf: Strategy | None = None) -> Strategy:
     """Flax's whole mapping, in plain dicts."""
     rest = st.dictionaries(st.sampled_from(COLLECTIONS), trees(leaf), max_size=3)
     return st.builds(lambda params, state: {"params": params, **state}, trees(leaf), rest)
 
 
-def dressed(tree, kind):
+def dressed(tree: Mapping[str, Any], kind: Kind) -> Mapping[str, Any]:
     """The same tree as FrozenDict, as a custom Mapping, or as plain dicts of its own."""
     own = {key: dressed(value, kind) if isinstance(value, Mapping) else value for key, value in tree.items()}
     return own if kind is dict else kind(own)
 
 
-KINDS = [dict, FrozenDict, CustomMapping]
+KINDS: list[Kind] = [dict, FrozenDict, CustomMapping]
 
 
-def kinds():
+def kinds() -> st.SearchStrategy[Kind]:
     """One of the mappings that variables may come in."""
     return st.sampled_from(KINDS)
 
 
-def flat(tree, path=()):
+def flat(tree: Mapping[str, Any], path: Path = ()) -> dict[Path, Any]:
     """Leaves by path, as the tests see them: written again, so as not to trust the library's own."""
-    found = {}
+    found: dict[Path, Any] = {}
     for key in tree:
         value = tree[key]
         found |= flat(value, (*path, key)) if isinstance(value, Mapping) else {(*path, key): value}
     return found
 
 
-def nested(leaves):
+def nested(leaves: Mapping[Path, Any]) -> dict[str, Any]:
     """The plain dicts that hold these leaves at these paths."""
-    tree = {}
+    tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         branch = tree
         for key in path[:-1]:
@@ -127,11 +132,12 @@ def nested(leaves):
 
 
 @st.composite
-def prefixes(draw, tree):
+def prefixes(draw: st.DrawFn, tree: Mapping[str, Any]) -> tuple[dict[str, Any], set[Path]]:
     """A tree of bools of which one may stand for a whole branch, with at least one True, and what it chooses."""
 
-    def grown(branch, path):
-        mask, chosen = {}, set()
+    def grown(branch: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], set[Path]]:
+        mask: dict[str, Any] = {}
+        chosen: set[Path] = set()
         for key, value in branch.items():
             below = flat(value, (*path, key)) if isinstance(value, Mapping) else {(*path, key): value}
             if not below:
@@ -152,7 +158,7 @@ def prefixes(draw, tree):
 
 
 @st.composite
-def trainables(draw, params):
+def trainables(draw: st.DrawFn, params: Mapping[str, Any]) -> tuple[Any, set[Path]]:
     """A `trainable` of every kind that matches something in `params`, and the paths that it is to choose."""
     paths = sorted(flat(params))
     if not paths:
@@ -162,11 +168,11 @@ def trainables(draw, params):
     word, cut = "/".join(one), draw(st.integers(0, len("/".join(one))))
     kind = type(flat(params)[one])
 
-    def where(test):
+    def where(test: Callable[[str], bool]) -> set[Path]:
         return {path for path in paths if test("/".join(path))}
 
     mask = nested({path: path in some for path in paths})
-    every = [
+    every: list[tuple[Any, set[Path]]] = [
         (None, set(paths)),
         ("*", set(paths)),
         (word, {one}),
@@ -181,10 +187,12 @@ def trainables(draw, params):
         draw(prefixes(params)),
     ]
     if draw(st.booleans()):
-        return draw(st.sampled_from(every))
+        single: tuple[Any, set[Path]] = draw(st.sampled_from(every))
+        return single
     several = draw(st.lists(st.sampled_from(every[1:]), min_size=1, max_size=3))
     filters, chosen = zip(*several, strict=True)
-    return draw(st.sampled_from([list, tuple]))(filters), set().union(*chosen)
+    several_as: Any = draw(st.sampled_from([list, tuple]))
+    return several_as(filters), set[Path]().union(*chosen)
 
 
 OPTIMIZERS = {
@@ -215,7 +223,7 @@ PARTS = [
 ]
 
 
-def chains():
+def chains() -> st.SearchStrategy[optax.GradientTransformation]:
     """An optax chain of any parts, down the gradient."""
     parts = st.lists(st.integers(0, len(PARTS) - 1), min_size=1, max_size=3, unique=True)
     return parts.map(lambda each: optax.chain(*(PARTS[i] for i in each), optax.scale(-0.1)))

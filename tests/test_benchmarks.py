@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -11,14 +12,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 CLAIMS = ["dispatch", "scan", "tracing", "memory", "vmap", "accumulation", "imports", "nnx"]
 
 
-def run(*arguments):
+def run(*arguments: str | pathlib.Path) -> subprocess.CompletedProcess[str]:
     """Runs the command line as a user does."""
     command = [sys.executable, "-m", "benchmarks", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What a smoke run of everything stored."""
     folder = tmp_path_factory.mktemp("results")
     done = run("--smoke", "--out", folder)
@@ -27,7 +28,7 @@ def results(tmp_path_factory):
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
-def test_every_claim_is_stored_with_versions_device_and_samples(results):
+def test_every_claim_is_stored_with_versions_device_and_samples(results: Any) -> None:
     assert sorted(results) == sorted(CLAIMS)
     for result in results.values():
         assert {"date", "commit", "command", "python", "versions", "device", "processor"} <= result["about"].keys()
@@ -37,26 +38,26 @@ def test_every_claim_is_stored_with_versions_device_and_samples(results):
             assert all(sample > 0 for samples in row["samples"].values() for sample in samples)
 
 
-def test_a_step_needs_the_memory_of_the_hand_written_one(results):
+def test_a_step_needs_the_memory_of_the_hand_written_one(results: Any) -> None:
     for row in results["memory"]["rows"]:
         assert len({sample for samples in row["samples"].values() for sample in samples}) == 1
 
 
-def test_microbatches_need_less_memory(results):
+def test_microbatches_need_less_memory(results: Any) -> None:
     row = results["accumulation"]["rows"][0]
     assert row["samples"]["2 microbatches"][0] < 0.7 * row["samples"]["1 microbatch"][0]
 
 
-def test_an_unknown_claim_is_an_error():
+def test_an_unknown_claim_is_an_error() -> None:
     done = run("speed")
     assert done.returncode == 2
     assert "no such claim: speed; there are dispatch, " in done.stderr
 
 
-def test_a_verdict_can_be_each():
+def test_a_verdict_can_be_each() -> None:
     from benchmarks._measure import AGAIN, HAND, OURS, Row, ratios, verdict
 
-    def row(ours, again=1.0):
+    def row(ours: Any, again: float = 1.0) -> Row:
         samples = {HAND: [1.0] * 9, AGAIN: [again] * 9, OURS: ours}
         return Row("case", "s", samples, bounds={OURS: 1.02})
 

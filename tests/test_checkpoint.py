@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,21 +17,23 @@ from .checkpoint_worker import STEPS
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def start(folder, how):
+def start(folder: pathlib.Path, how: str) -> subprocess.Popen[str]:
     """A training process of its own."""
     command = [sys.executable, "-m", "tests.checkpoint_worker", str(folder), how]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finished(process):
+def finished(process: subprocess.Popen[str]) -> dict[str, str]:
     """What a process printed, word by word, once it ended well."""
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return dict(line.split(maxsplit=1) for line in out.splitlines())
 
 
-def killed_at(process, step, delay):
+def killed_at(process: subprocess.Popen[str], step: int, delay: float) -> None:
     """Kills it after it printed that step, so that a save may be under way; says how far it came."""
+    assert process.stdout
+    assert process.stderr
     for line in process.stdout:
         if line.split() == ["step", str(step)]:
             break
@@ -43,7 +46,7 @@ def killed_at(process, step, delay):
 
 
 @pytest.fixture(scope="module")
-def never_stopped(tmp_path_factory):
+def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The last carry of a process that was left in peace."""
     folder = tmp_path_factory.mktemp("never_stopped")
     said = finished(start(folder, "like"))
@@ -52,7 +55,7 @@ def never_stopped(tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", ["like", "bare"])
-def test_training_goes_on_as_if_it_had_not_stopped(how, never_stopped, tmp_path):
+def test_training_goes_on_as_if_it_had_not_stopped(how: str, never_stopped: Any, tmp_path: pathlib.Path) -> None:
     seed = random.SystemRandom().randrange(2**32)
     chance = random.Random(seed)  # noqa: S311 (says where to kill)
     step, delay = chance.randrange(2, STEPS // 2), chance.uniform(0, 0.02)

@@ -1,37 +1,39 @@
 """The two examples of Flax's guide on managing params and state, against the guide's own loop, jitted."""
 
-import flax
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import core
 
 import flaxsplit as fs
 
-from .models import MLP, BiasAdder, X, Y
+from .models import MLP, BiasAdder, X, Y, structure
 
 STEPS = 20
 
 
-def assert_equal(left, right):
+def assert_equal(left: Any, right: Any) -> None:
     """Compares two trees bit for bit."""
-    assert jax.tree.structure(left) == jax.tree.structure(right)
+    assert structure(left) == structure(right)
     assert len(jax.tree.leaves(left)) > 0
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-def test_bias_adder_equals_the_guides_loop():
+def test_bias_adder_equals_the_guides_loop() -> None:
     model, x = BiasAdder(), jnp.ones((10, 5))
     variables = model.init(jax.random.key(0), x)
     tx = optax.sgd(learning_rate=0.02)
 
     # the guide's loop, with its update step jitted
-    state, params = flax.core.pop(variables, "params")
+    state, params = core.pop(variables, "params")
     opt_state = tx.init(params)
 
     @jax.jit
-    def update_step(x, opt_state, params, state):
-        def loss(params):
+    def update_step(x: jax.Array, opt_state: Any, params: Any, state: Any) -> tuple[Any, Any, Any]:
+        def loss(params: Any) -> tuple[jax.Array, Any]:
             y, updated = model.apply({"params": params, **state}, x, mutable=list(state.keys()))
             return ((x - y) ** 2).sum(), updated
 
@@ -46,7 +48,7 @@ def test_bias_adder_equals_the_guides_loop():
     # the same with flaxsplit
     apply = fs.with_mutable(model)
 
-    def loss_fn(params, state, x):
+    def loss_fn(params: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
         y, state = apply(params, state, x)
         return ((x - y) ** 2).sum(), state
 
@@ -65,19 +67,19 @@ def test_bias_adder_equals_the_guides_loop():
     assert (theirs.compiles["update_step"], ours.compiles["loss_fn"]) == (2, 1)
 
 
-def test_vmapped_mlp_equals_the_guides_loop():
+def test_vmapped_mlp_equals_the_guides_loop() -> None:
     model = MLP(hidden_size=10, out_size=1)
     variables = model.init(jax.random.key(0), X[0])
     tx = optax.sgd(learning_rate=0.02)
 
     # the guide's loop, with train=True where the guide forgets it, and jitted
-    state, params = flax.core.pop(variables, "params")
+    state, params = core.pop(variables, "params")
     opt_state = tx.init(params)
 
     @jax.jit
-    def update_step(opt_state, params, state, x, y):
-        def loss(params):
-            def one(x):
+    def update_step(opt_state: Any, params: Any, state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any, Any, Any]:
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            def one(x: jax.Array) -> Any:
                 return model.apply({"params": params, **state}, x, train=True, mutable=list(state.keys()))
 
             pred, updated = jax.vmap(one, out_axes=(0, None), axis_name="batch")(x)
@@ -94,7 +96,7 @@ def test_vmapped_mlp_equals_the_guides_loop():
 
     apply = fs.vmap_stateful(fs.with_mutable(model), axis_name="batch")
 
-    def loss_fn(params, state, batch):
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
         x, y = batch
         pred, state = apply(params, state, x, train=True)
         return optax.l2_loss(pred, y).mean(), state
@@ -114,7 +116,7 @@ def test_vmapped_mlp_equals_the_guides_loop():
     assert all(jax.tree.leaves(moved))
 
 
-def test_the_guides_forgotten_train_flag_is_said_aloud():
+def test_the_guides_forgotten_train_flag_is_said_aloud() -> None:
     model = MLP()
     params, state = fs.split_params(model.init(jax.random.key(0), X[0]))
     apply = fs.vmap_stateful(fs.with_mutable(model), axis_name="batch")

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,23 +16,23 @@ from .models import MLP, Dropping, X, Y
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(")
 
 
-def instructions(step, *args):
+def instructions(step: Any, *args: Any) -> Counter[tuple[str, str]]:
     """Counts the instructions of the optimized module by opcode and shape (layout included), fused ones too."""
-    text = jax.jit(step, donate_argnums=0).lower(*args).compile().as_text()
+    text = jax.jit(step, donate_argnums=0).lower(*args).compile().as_text() or ""
     found = [_INSTRUCTION.match(line) for line in text.splitlines()]
     counted = Counter((match[2], match[1]) for match in found if match)
     assert counted.total() > 20, "the parser no longer reads this HLO"
     return counted
 
 
-def by_hand_mlp(model, tx):
+def by_hand_mlp(model: Any, tx: optax.GradientTransformation) -> Any:
     """The guide's update step over the same carry, without flaxsplit."""
 
-    def step(carry, batch):
+    def step(carry: fs.Carry, batch: Any) -> tuple[fs.Carry, jax.Array]:
         x, y = batch
 
-        def loss(params):
-            def one(x):
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            def one(x: jax.Array) -> Any:
                 return model.apply({"params": params, **carry.state}, x, train=True, mutable=["batch_stats"])
 
             pred, updated = jax.vmap(one, out_axes=(0, None), axis_name="batch")(x)
@@ -44,12 +45,12 @@ def by_hand_mlp(model, tx):
     return step
 
 
-def with_flaxsplit(model, tx, rngs=False):
+def with_flaxsplit(model: Any, tx: optax.GradientTransformation, rngs: bool = False) -> Any:
     """The same step, built from combinators."""
     apply = fs.vmap_stateful(fs.with_mutable(model), axis_name="batch")
     apply = fs.with_rngs(apply) if rngs else apply
 
-    def loss_fn(params, state, batch):
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
         x, y = batch
         pred, state = apply(params, state, x, train=True)
         return optax.l2_loss(pred, y).mean(), state
@@ -57,16 +58,16 @@ def with_flaxsplit(model, tx, rngs=False):
     return fs.with_optimizer(loss_fn, tx)
 
 
-def by_hand_dropping(model, tx):
+def by_hand_dropping(model: Any, tx: optax.GradientTransformation) -> Any:
     """As `by_hand_mlp`, with a dropout key that is split per step and per example."""
 
-    def step(carry, batch):
+    def step(carry: fs.Carry, batch: Any) -> tuple[fs.Carry, jax.Array]:
         x, y = batch
         key, drawn = jax.random.split(carry.state["rngs"]["dropout"])
         keys = jax.random.split(drawn, len(x))
 
-        def loss(params):
-            def one(key, x):
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            def one(key: jax.Array, x: jax.Array) -> Any:
                 variables = {"params": params, "batch_stats": carry.state["batch_stats"]}
                 return model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key})
 
@@ -88,7 +89,7 @@ CASES = {
 }
 
 
-def prepare(case):
+def prepare(case: str) -> tuple[Any, Any, Any]:
     """Gives a hand-written step, a flaxsplit step, and what both take."""
     model, tx, rngs = CASES[case]
     variables = model.init(jax.random.key(0), X[0], train=False)
@@ -100,32 +101,33 @@ def prepare(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_has_the_instructions_of_the_hand_written_one(case):
+def test_a_step_has_the_instructions_of_the_hand_written_one(case: str) -> None:
     by_hand, ours, args = prepare(case)
     assert instructions(ours, *args) == instructions(by_hand, *args)
 
 
-def test_one_multiplication_more_is_seen():
+def test_one_multiplication_more_is_seen() -> None:
     by_hand, ours, args = prepare("mlp-adam")
 
-    def slower(carry, batch):
+    def slower(carry: fs.Carry, batch: Any) -> tuple[fs.Carry, jax.Array]:
         carry, loss = ours(carry, batch)
         return carry, loss * loss  # by a constant, XLA would fold it into the mean
 
     assert instructions(slower, *args) != instructions(by_hand, *args)
 
 
-def test_combinators_that_only_watch_add_nothing():
+def test_combinators_that_only_watch_add_nothing() -> None:
     by_hand, ours, args = prepare("mlp-adam")
     assert instructions(fs.assert_max_traces(ours, 1), *args) == instructions(by_hand, *args)
 
 
-def test_the_donated_carry_is_aliased_and_the_peak_is_the_hand_written_one():
+def test_the_donated_carry_is_aliased_and_the_peak_is_the_hand_written_one() -> None:
     by_hand, ours, args = prepare("dropout-adamw")
-    stats = [fs.jit_step(step).lower(*args).compile().memory_analysis() for step in (by_hand, ours)]
+    stats: list[Any] = [fs.jit_step(step).lower(*args).compile().memory_analysis() for step in (by_hand, ours)]
     assert stats[0].alias_size_in_bytes == stats[1].alias_size_in_bytes > 0
     assert stats[0].temp_size_in_bytes == stats[1].temp_size_in_bytes
 
 
-def test_jit_step_returns_what_jax_jit_returns():
-    assert type(fs.jit_step(lambda carry, batch: (carry, batch))) is type(jax.jit(lambda x: x))
+def test_jit_step_returns_what_jax_jit_returns() -> None:
+    ours: Any = fs.jit_step(lambda carry, batch: (carry, batch))
+    assert type(ours) is type(jax.jit(lambda x: x))

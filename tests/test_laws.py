@@ -1,6 +1,7 @@
 """The laws of the design, each a property. Models and optimizers are few, since each compiles; trees are many."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,35 +15,35 @@ from hypothesis import strategies as st
 import flaxsplit as fs
 
 from . import strategies as some
-from .models import MLP, Dropping, X, Y
+from .models import MLP, Dropping, X, Y, structure
 
 KEY = jax.random.key(0)
 OPTIMIZERS = some.OPTIMIZERS
 
 
-def assert_same_leaves(left, right):
+def assert_same_leaves(left: Any, right: Any) -> None:
     """The very same objects at the same places, in plain dicts: nothing was copied, cast or unboxed."""
     left, right = some.flat(left), some.flat(right)
     assert left.keys() == right.keys()
     assert all(left[path] is right[path] for path in left)
 
 
-def assert_equal(left, right):
+def assert_equal(left: Any, right: Any) -> None:
     """Compares two trees bit for bit, keys included."""
-    assert jax.tree.structure(left) == jax.tree.structure(right)
+    assert structure(left) == structure(right)
     for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert bool((a == b).all())
 
 
-def assert_close(left, right, tolerance=1e-5):
+def assert_close(left: Any, right: Any, tolerance: float = 1e-5) -> None:
     """Compares two trees to rounding."""
-    assert jax.tree.structure(left) == jax.tree.structure(right)
+    assert structure(left) == structure(right)
     close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
     jax.tree.map(lambda a, b: close(np.float32(a), np.float32(b)), left, right)
 
 
-def all_plain(tree):
+def all_plain(tree: Any) -> bool:
     """Whether every mapping in a tree is a dict."""
     return type(tree) is dict and all(all_plain(v) for v in tree.values() if hasattr(v, "keys"))
 
@@ -52,7 +53,7 @@ def all_plain(tree):
 
 @some.examples(200)
 @given(st.data())
-def test_merge_is_the_inverse_of_split(data):
+def test_merge_is_the_inverse_of_split(data: st.DataObject) -> None:
     plain = data.draw(some.variables())
     given_variables = some.dressed(plain, data.draw(some.kinds()))
     before = jax.tree.structure(plain), dict(some.flat(plain))
@@ -62,21 +63,21 @@ def test_merge_is_the_inverse_of_split(data):
     assert some.flat(state.get("params", {})).keys() == some.flat(plain["params"]).keys() - chosen
     merged = fs.merge_state(params, state)
     assert_same_leaves(merged, plain)
-    assert jax.tree.structure(merged) == jax.tree.structure(plain)  # empty branches too
+    assert structure(merged) == structure(plain)  # empty branches too
     assert all_plain(params)
     assert all_plain(state)
     again = fs.split_params(merged, trainable=trainable)
-    assert jax.tree.structure(again) == jax.tree.structure((params, state))
+    assert structure(again) == structure((params, state))
     assert_same_leaves(again[0], params)
     assert_same_leaves(again[1], state)
-    assert (jax.tree.structure(plain), some.flat(plain).keys()) == (before[0], before[1].keys())
+    assert (structure(plain), some.flat(plain).keys()) == (before[0], before[1].keys())
 
 
 @pytest.mark.parametrize("kind", some.KINDS)
-def test_split_and_merge_under_jit_grad_and_vmap(kind):
+def test_split_and_merge_under_jit_grad_and_vmap(kind: some.Kind) -> None:
     variables = {"params": {"a": jnp.ones(3), "b": jnp.full(3, 2.0)}, "batch_stats": {"m": jnp.zeros(3)}}
 
-    def total(a):
+    def total(a: Any) -> Any:
         params, state = fs.split_params(
             some.dressed({**variables, "params": {"a": a, "b": 2 * a}}, kind), trainable="a"
         )
@@ -91,7 +92,7 @@ def test_split_and_merge_under_jit_grad_and_vmap(kind):
 
 # Law 2: with_mutable equals module.apply, the rest of the state untouched
 
-MODELS = {"dense": nn.Dense(3), "norm": MLP(axis_name=None), "dropping": Dropping(axis_name=None)}
+MODELS: dict[str, Any] = {"dense": nn.Dense(3), "norm": MLP(axis_name=None), "dropping": Dropping(axis_name=None)}
 
 
 @some.examples(60)
@@ -102,7 +103,7 @@ MODELS = {"dense": nn.Dense(3), "norm": MLP(axis_name=None), "dropping": Droppin
     extra=some.trees(max_leaves=4),
     seed=st.integers(0, 2**30),
 )
-def test_with_mutable_equals_apply(name, kind, trainable, extra, seed):
+def test_with_mutable_equals_apply(name: str, kind: some.Kind, trainable: str | None, extra: Any, seed: int) -> None:
     model, key = MODELS[name], jax.random.key(seed)
     call = {} if name == "dense" else {"train": True}
     variables = dict(model.init({"params": key, "dropout": key}, X[:4], **call))
@@ -126,7 +127,7 @@ def test_with_mutable_equals_apply(name, kind, trainable, extra, seed):
 @given(
     seed=st.integers(0, 2**30), trainable=st.sampled_from([None, "Dense_1/*"]), how=st.sampled_from(["eager", "jit"])
 )
-def test_vmap_equals_the_batched_model(seed, trainable, how):
+def test_vmap_equals_the_batched_model(seed: int, trainable: str | None, how: str) -> None:
     x = jax.random.normal(jax.random.key(seed), (16, 10))
     y = x[:, :1] ** 2
     variables = MLP().init(jax.random.key(seed), x[0])
@@ -134,8 +135,8 @@ def test_vmap_equals_the_batched_model(seed, trainable, how):
     batched = fs.with_mutable(MLP(axis_name=None))
     mapped = fs.vmap_stateful(fs.with_mutable(MLP()))
 
-    def loss(apply):
-        def value(params):
+    def loss(apply: Any) -> Any:
+        def value(params: Any) -> tuple[Any, Any]:
             pred, new_state = apply(params, state, x, train=True)
             return optax.l2_loss(pred, y).mean(), (pred, new_state)
 
@@ -150,11 +151,11 @@ def test_vmap_equals_the_batched_model(seed, trainable, how):
 # Law 4: with_optimizer equals the loop of the guide, written out
 
 
-def regression():
+def regression() -> tuple[Any, tuple[Any, Any]]:
     """A loss function over an MLP with BatchNorm, and where to start."""
     apply = fs.vmap_stateful(fs.with_mutable(MLP(hidden_size=4)))
 
-    def loss_fn(params, state, batch):
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
         pred, state = apply(params, state, batch[0], train=True)
         return optax.l2_loss(pred, batch[1]).mean(), state
 
@@ -162,23 +163,23 @@ def regression():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_with_optimizer_equals_the_guides_loop(name):
+def test_with_optimizer_equals_the_guides_loop(name: str) -> None:
     assert_equals_the_loop(OPTIMIZERS[name])
 
 
 @some.examples(8)
 @given(some.chains())
-def test_with_optimizer_equals_the_guides_loop_for_any_chain(tx):
+def test_with_optimizer_equals_the_guides_loop_for_any_chain(tx: optax.GradientTransformation) -> None:
     assert_equals_the_loop(tx)
 
 
-def assert_equals_the_loop(transformation):
+def assert_equals_the_loop(transformation: optax.GradientTransformation) -> None:
     """Trains by hand and by `with_optimizer` from one start, and compares bit for bit."""
     loss_fn, (params, state) = regression()
     tx = optax.with_extra_args_support(transformation)
 
     @jax.jit
-    def by_hand(params, state, opt_state, batch):
+    def by_hand(params: Any, state: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, Any, Any]:
         (loss, state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, state, batch)
         updates, opt_state = tx.update(grads, opt_state, params, value=loss)
         return optax.apply_updates(params, updates), state, opt_state, loss
@@ -202,17 +203,17 @@ def assert_equals_the_loop(transformation):
 # Law 5: scan_steps equals the loop; microbatches
 
 
-def stack(batches):
+def stack(batches: Any) -> Any:
     """Stacks batches along a new leading axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
 
 
 @some.examples(8)
 @given(name=st.sampled_from(sorted(OPTIMIZERS)), count=st.integers(1, 4), unroll=st.sampled_from([1, 2]))
-def test_scan_equals_the_loop(name, count, unroll):
+def test_scan_equals_the_loop(name: str, count: int, unroll: int) -> None:
     apply = fs.with_rngs(fs.vmap_stateful(fs.with_mutable(Dropping())))
 
-    def loss_fn(params, state, batch):
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
         out, state = apply(params, state, batch)
         return (out**2).mean(), state
 
@@ -234,10 +235,10 @@ def test_scan_equals_the_loop(name, count, unroll):
 
 
 @given(st.lists(st.integers(-4, 4), min_size=2, max_size=5), st.sampled_from([1, 2]))
-def test_scan_equals_the_loop_bit_for_bit_where_nothing_is_rounded(numbers, unroll):
+def test_scan_equals_the_loop_bit_for_bit_where_nothing_is_rounded(numbers: list[int], unroll: int) -> None:
     """With small integers and halves, sums and products are exact in whatever order XLA takes them."""
 
-    def loss_fn(params, state, x):
+    def loss_fn(params: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
         return x * params["w"].sum(), state | {"seen": state["seen"] + x}
 
     tx = optax.sgd(0.5, momentum=0.5)
@@ -254,8 +255,8 @@ def test_scan_equals_the_loop_bit_for_bit_where_nothing_is_rounded(numbers, unro
 
 @some.examples(10)
 @given(count=st.sampled_from([1, 2, 4, 8, 16, 32]), name=st.sampled_from(["sgd", "adam", "clip"]))
-def test_microbatches_without_state_equal_the_full_batch(count, name):
-    def loss_fn(params, state, batch):
+def test_microbatches_without_state_equal_the_full_batch(count: int, name: str) -> None:
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
         return optax.l2_loss(batch[0] @ params["w"], batch[1]).mean(), state
 
     tx, params = OPTIMIZERS[name], {"w": jnp.full((10, 1), 0.3)}
@@ -264,7 +265,7 @@ def test_microbatches_without_state_equal_the_full_batch(count, name):
     (assert_equal if count == 1 else assert_close)((full, loss), (parts, mean))
 
 
-def test_accumulation_over_batch_norm_equals_the_loop_by_hand():
+def test_accumulation_over_batch_norm_equals_the_loop_by_hand() -> None:
     loss_fn, (params, state) = regression()
     tx = optax.sgd(0.1)
     carry, loss = fs.jit_step(fs.with_optimizer(loss_fn, tx, microbatches=4))(fs.init_carry(params, state, tx), (X, Y))
@@ -281,7 +282,7 @@ def test_accumulation_over_batch_norm_equals_the_loop_by_hand():
 
 
 @given(st.lists(st.integers(1, 3), max_size=8), st.integers(1, 4))
-def test_stacking_loses_no_batch(sizes, count):
+def test_stacking_loses_no_batch(sizes: list[int], count: int) -> None:
     batches = [(np.full((size, 2), i), np.full(size, i)) for i, size in enumerate(sizes)]
     stacks = list(fs.stack_batches(iter(batches), count))
     back = [jax.tree.map(lambda leaf, i=i: leaf[i], each) for each in stacks for i in range(len(each[0]))]
@@ -295,7 +296,7 @@ def test_stacking_loses_no_batch(sizes, count):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_frozen_leaf_is_not_there_for_the_optimizer(name):
+def test_a_frozen_leaf_is_not_there_for_the_optimizer(name: str) -> None:
     loss_fn, _ = regression()
     variables = MLP(hidden_size=4).init(KEY, X[0])
     params, state = fs.split_params(variables, trainable="Dense_1/*")
@@ -311,12 +312,12 @@ def test_a_frozen_leaf_is_not_there_for_the_optimizer(name):
     assert_equal(carry.state["params"], state["params"])
     changed = jax.tree.map(lambda new, old: bool((new != old).any()), carry.params, params)
     assert any(jax.tree.leaves(changed))
-    assert jax.tree.structure(carry.params) == jax.tree.structure(params)
+    assert structure(carry.params) == structure(params)
 
 
 @some.examples(10)
 @given(st.floats(1e-3, 10.0))
-def test_a_global_norm_clip_does_not_see_frozen_leaves(norm):
+def test_a_global_norm_clip_does_not_see_frozen_leaves(norm: float) -> None:
     loss_fn, (all_params, all_state) = regression()
     params, state = fs.split_params({"params": all_params, **all_state}, trainable="Dense_1/*")
     tx = optax.chain(optax.clip_by_global_norm(norm), optax.sgd(1.0))
@@ -332,13 +333,13 @@ def test_a_global_norm_clip_does_not_see_frozen_leaves(norm):
 
 @some.examples(60)
 @given(some.trees(), some.trees())
-def test_a_carry_owns_strong_committed_leaves(params, extra):
+def test_a_carry_owns_strong_committed_leaves(params: Any, extra: Any) -> None:
     tree = {"params": params, "mine": extra, "ema": params}
     if any(len(getattr(leaf, "devices", set)()) > 1 for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)):
         tree = jax.tree.map(jnp.asarray, tree)
     carry = fs.init_carry({}, tree, optax.sgd(0.1))
     leaves, originals = jax.tree.leaves(carry.state), jax.tree.leaves(tree)
-    assert jax.tree.structure(carry.state) == jax.tree.structure(tree)
+    assert structure(carry.state) == structure(tree)
     assert all(
         isinstance(leaf, jax.Array) and leaf.committed and not getattr(leaf, "weak_type", False) for leaf in leaves
     )
@@ -358,16 +359,16 @@ def test_a_carry_owns_strong_committed_leaves(params, extra):
         assert bool((new == old).all())
 
 
-def _plain(leaf):
+def _plain(leaf: Any) -> bool:
     return not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) and leaf.size > 0
 
 
 @some.examples(40)
 @given(lead=st.integers(0, 2), size=st.integers(1, 4), dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.int32]))
-def test_a_settled_state_is_a_fixed_point(lead, size, dtype):
+def test_a_settled_state_is_a_fixed_point(lead: int, size: int, dtype: Any) -> None:
     x = jnp.ones((3, size))
 
-    def fn(params, state, x):
+    def fn(params: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
         mean = state["s"]["mean"] + x.mean(0).reshape((1,) * lead + (size,))
         return x, {"s": {"mean": mean, "n": state["s"]["n"] + 1}}
 
@@ -384,7 +385,7 @@ def test_a_settled_state_is_a_fixed_point(lead, size, dtype):
     assert abstract["s"]["mean"].shape == settled["s"]["mean"].shape
 
 
-def loosened(tree):
+def loosened(tree: Any) -> Any:
     """As a checkpoint library without a target gives it back: NumPy, lists for tuples, dicts for named tuples."""
     if hasattr(tree, "_fields"):
         return {name: loosened(getattr(tree, name)) for name in tree._fields}
@@ -398,7 +399,7 @@ def loosened(tree):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_adopted_carry_is_the_carry(name):
+def test_an_adopted_carry_is_the_carry(name: str) -> None:
     params, state = fs.split_params(Dropping().init(KEY, X[0], train=False))
     carry = fs.init_carry(params, state | fs.rng_state(dropout=KEY) | {"ema": params}, OPTIMIZERS[name])
     for restored in (carry, loosened(carry)):

@@ -31,8 +31,8 @@ def fails(kind: type[Exception], fn: Any, *args: Any, **kwargs: Any) -> Any:
     with pytest.raises(kind) as caught:
         fn(*args, **kwargs)
     assert _snapshot((args, kwargs)) == before
+    assert type(caught.value) is kind
     error: Any = caught.value
-    assert type(error) is kind
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.leaves) == (str(error), error.leaves)
     return error
@@ -666,7 +666,8 @@ def test_rngs_by_hand() -> None:
       likely cause: keys were passed by hand to a function that draws its own
       fix: fn(params, state, x), or with_mutable(model)(params, state, x, rngs=...)
     """)
-    fs.with_mutable(DROPOUT)({}, {}, X, rngs={"dropout": KEY})
+    by_hand: Any = fs.with_mutable(DROPOUT)
+    by_hand({}, {}, X, rngs={"dropout": KEY})
 
 
 def test_state_of_rngs_without_with_rngs() -> None:
@@ -881,12 +882,12 @@ def test_a_scalar_is_mapped() -> None:
       likely cause: the arguments are not of one batch, or one of them has no batch axis
       fix: in_axes=(0, None) for an argument that all lanes share
     """)
-    shared = fs.vmap_stateful(lambda params, state, x, scale: (x * scale, state), in_axes=(0, None))
+    shared: Any = fs.vmap_stateful(lambda params, state, x, scale: (x * scale, state), in_axes=(0, None))
     shared({}, {}, X, jnp.float32(2))
 
 
 def test_nothing_is_mapped() -> None:
-    apply = fs.vmap_stateful(lambda params, state, x: (x, state))
+    apply: Any = fs.vmap_stateful(lambda params, state, x: (x, state))
     error = fails(fs.SignatureError, apply, {}, {}, x=X)
     assert str(error) == whole("""
     vmap_stateful(in_axes=...): all mapped axes must have one size
@@ -923,7 +924,7 @@ def test_state_axes_unknown() -> None:
 
 
 def test_a_collection_is_dropped_in_the_lanes() -> None:
-    apply = fs.vmap_stateful(lambda params, state, x: (x, {}))
+    apply: Any = fs.vmap_stateful(lambda params, state, x: (x, {}))
     error = fails(fs.StateDriftError, apply, {}, {"batch_stats": {"mean": jnp.ones(3)}}, X)
     assert str(error) == whole("""
     vmap_stateful(fn): fn must return the collections that it was given
@@ -1010,7 +1011,8 @@ def test_two_devices() -> None:
       likely cause: params and state were placed apart
       fix: jax.device_put((params, state), sharding) before init_carry
     """)
-    fs.init_carry(*jax.device_put((params, state), first), TX)
+    params, state = jax.device_put((params, state), first)
+    fs.init_carry(params, state, TX)
 
 
 def test_two_meshes() -> None:
@@ -1027,7 +1029,8 @@ def test_two_meshes() -> None:
       likely cause: params and state were placed apart
       fix: jax.device_put((params, state), sharding) before init_carry
     """)
-    fs.init_carry(*jax.device_put((params, state), NamedSharding(one_axis, P())), TX)
+    params, state = jax.device_put((params, state), NamedSharding(one_axis, P()))
+    fs.init_carry(params, state, TX)
 
 
 def test_a_checkpoint_of_another_model() -> None:
@@ -1140,8 +1143,8 @@ def test_aux_where_the_state_is_due() -> None:
 
 
 def test_an_optimizer_that_drifts() -> None:
-    def update(grads: Any, state: Any, params: Any = None) -> Any:
-        return grads, {"count": state["count"][None]}
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return updates, {"count": state["count"][None]}
 
     tx = optax.GradientTransformation(lambda params: {"count": jnp.zeros(())}, update)
     carry = fs.init_carry({"w": jnp.ones(3)}, {}, tx)
@@ -1392,8 +1395,10 @@ def test_a_decay_that_is_no_fraction(decay: Any, came: str) -> None:
 
 
 def test_a_scanned_carry_drifts() -> None:
-    steps = fs.scan_steps(lambda carry, batch: ({"mean": batch[None]}, None))
-    error = fails(fs.StateDriftError, steps, {"mean": jnp.ones(3)}, jnp.ones((4, 3)))
+    def step(carry: Any, batch: Any) -> Any:
+        return {"mean": batch[None]}, None
+
+    error = fails(fs.StateDriftError, fs.scan_steps(step), {"mean": jnp.ones(3)}, jnp.ones((4, 3)))
     assert str(error) == whole("""
     scan_steps(step): what comes out must have the structure, shapes and dtypes of what went in
       got:
@@ -1479,7 +1484,7 @@ def test_an_error_while_tracing_donates_nothing() -> None:
 def retraced(first: tuple[Any, ...], second: tuple[Any, ...], max_traces: int = 1, **options: Any) -> Any:
     """The error of the second call of one jitted function."""
 
-    def step(carry: Any, batch: Any = None) -> Any:
+    def step(carry: fs.Carry, batch: Any = None) -> Any:
         return carry, batch
 
     jitted = jax.jit(fs.assert_max_traces(step, max_traces), **options)
@@ -1559,7 +1564,7 @@ def test_retrace_for_a_static_value() -> None:
 
 def test_retrace_for_a_train_state_of_another_tx() -> None:
     def create(tx: Any) -> Any:
-        return TrainState.create(apply_fn=None, params={"w": jnp.ones(3)}, tx=tx)
+        return TrainState.create(apply_fn=print, params={"w": jnp.ones(3)}, tx=tx)
 
     error = retraced((create(optax.sgd(0.1)),), (create(optax.sgd(0.1)),))
     assert str(error) == whole("""

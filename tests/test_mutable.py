@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,25 +12,25 @@ import pytest
 
 import flaxsplit as fs
 
-from .models import MLP, Block, Coder, Dropping, Sowing, Two, X
+from .models import MLP, Block, Coder, Dropping, Sowing, Two, X, structure
 
 KEY = jax.random.key(0)
 
 
-def assert_equal(left, right):
+def assert_equal(left: Any, right: Any) -> None:
     """Compares two trees bit for bit, plain dicts on both sides."""
-    assert jax.tree.structure(left) == jax.tree.structure(right)
+    assert structure(left) == structure(right)
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-def plain(tree):
+def plain(tree: Any) -> Any:
     """Turns a FrozenDict into a dict."""
     return nn.unbox(dict(tree)) if not isinstance(tree, dict) else tree
 
 
 MODEL = MLP(axis_name=None)
 VARIABLES = MODEL.init(KEY, X)
-WAYS = {
+WAYS: dict[str, Any] = {
     "module": MODEL,
     "module.apply": MODEL.apply,
     "partial": functools.partial(MODEL.apply, train=True),
@@ -41,7 +42,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_apply_gives_the_same(way):
+def test_every_way_to_apply_gives_the_same(way: str) -> None:
     params, state = fs.split_params(VARIABLES)
     out, new_state = fs.with_mutable(WAYS[way])(params, state, X, train=True)
     expected, updated = MODEL.apply(VARIABLES, X, train=True, mutable=["batch_stats"])
@@ -52,7 +53,7 @@ def test_every_way_to_apply_gives_the_same(way):
 
 CODER = Coder()
 CODER_VARIABLES = CODER.init(KEY, X)
-METHODS = {
+METHODS: dict[str, Any] = {
     "function": fs.with_mutable(CODER, method=Coder.encode),
     "name": fs.with_mutable(CODER, method="encode"),
     "partial": fs.with_mutable(functools.partial(CODER.apply, method=Coder.encode)),
@@ -63,14 +64,14 @@ METHODS = {
 
 
 @pytest.mark.parametrize("how", METHODS)
-def test_methods_other_than_call(how):
+def test_methods_other_than_call(how: str) -> None:
     out, new_state = METHODS[how](*fs.split_params(CODER_VARIABLES), X)
     expected, updated = CODER.apply(CODER_VARIABLES, X, method="encode", mutable=["batch_stats"])
     assert_equal(out, expected)
     assert_equal(new_state, plain(updated))
 
 
-LIFTED = {
+LIFTED: dict[str, Any] = {
     "nn.jit": (nn.jit(Coder)(), {}, (X,)),
     "nn.remat": (nn.remat(Coder)(), {}, (X,)),
     "nn.scan": (
@@ -89,7 +90,7 @@ LIFTED = {
 
 
 @pytest.mark.parametrize("lift", LIFTED)
-def test_lifted_modules(lift):
+def test_lifted_modules(lift: str) -> None:
     model, kwargs, args = LIFTED[lift]
     variables = model.init(KEY, *args)
     out, new_state = fs.with_mutable(model)(*fs.split_params(variables), *args, **kwargs)
@@ -98,7 +99,7 @@ def test_lifted_modules(lift):
     assert_equal(new_state, plain(updated))
 
 
-def test_a_model_without_state():
+def test_a_model_without_state() -> None:
     model = nn.Dense(3)
     params, state = fs.split_params(model.init(KEY, X))
     out, new_state = fs.with_mutable(model)(params, state, X)
@@ -120,14 +121,14 @@ def test_a_model_without_state():
     ],
     ids=str,
 )
-def test_only_what_is_mutable_changes(mutable, expected):
+def test_only_what_is_mutable_changes(mutable: Any, expected: Any) -> None:
     model = Two()
     params, state = fs.split_params(model.init(KEY, X))
     _, new_state = fs.with_mutable(model, mutable=mutable)(params, state, X)
     assert (int(new_state["calls"]["n"]), int(new_state["examples"]["n"])) == expected
 
 
-def test_what_is_not_mutable_passes_through_untouched():
+def test_what_is_not_mutable_passes_through_untouched() -> None:
     model = MLP(axis_name=None)
     params, state = fs.split_params(VARIABLES, trainable="Dense_1/*")
     state |= {"ema": {"w": jnp.ones(2)}, **fs.rng_state(dropout=KEY)}
@@ -137,7 +138,7 @@ def test_what_is_not_mutable_passes_through_untouched():
         assert new_state[name] is state[name]
 
 
-def test_captured_values_never_enter_the_state():
+def test_captured_values_never_enter_the_state() -> None:
     model = Sowing()
     variables = model.init(KEY, X)  # Flax keeps what was sown into 'losses' here
     assert "losses" in variables
@@ -145,7 +146,7 @@ def test_captured_values_never_enter_the_state():
     apply = fs.with_mutable(model, capture=("intermediates", "losses"))
     for _ in range(3):
         (out, captured), new_state = apply(params, state, X)
-        assert jax.tree.structure(new_state) == jax.tree.structure(state)
+        assert structure(new_state) == structure(state)
         assert_equal(captured["intermediates"], {"hidden": (out,)})
         assert len(captured["losses"]["l2"]) == 1
         state = new_state
@@ -155,14 +156,14 @@ def test_captured_values_never_enter_the_state():
     assert captured.keys() == {"intermediates"}
 
 
-def test_capture_intermediates_of_every_layer():
+def test_capture_intermediates_of_every_layer() -> None:
     params, state = fs.split_params(VARIABLES)
     apply = fs.with_mutable(MODEL.apply, capture="intermediates")
     (_, captured), _ = apply(params, state, X, train=True, capture_intermediates=True)
     assert captured["intermediates"].keys() == {"Dense_0", "Dense_1", "BatchNorm_0", "__call__"}
 
 
-def test_autoregressive_decoding_step_by_step():
+def test_autoregressive_decoding_step_by_step() -> None:
     model = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, decode=True)
     tokens = jax.random.normal(KEY, (2, 5, 8))
     params, state = fs.split_params(model.init(KEY, tokens))  # the cache has the length of the sequence
@@ -177,11 +178,12 @@ def test_autoregressive_decoding_step_by_step():
     assert int(state["cache"]["cache_index"]) == 5
 
 
-def test_the_signature_is_the_models_own():
+def test_the_signature_is_the_models_own() -> None:
     assert str(inspect.signature(fs.with_mutable(MODEL))) == "(params, state, /, x: Any, train: bool = False)"
     for how in ("function", "name", "apply", "bound"):
-        assert str(inspect.signature(METHODS[how])) == "(params, state, /, x, scale: float = 1.0)", how
+        assert str(inspect.signature(METHODS[how])) == "(params, state, /, x: Any, scale: float = 1.0)", how
     apply = fs.with_rngs(fs.vmap_stateful(fs.with_mutable(Dropping())))
     assert str(inspect.signature(apply)) == "(params, state, /, x: Any, train: bool = True)"
-    assert fs.with_mutable(MODEL).__name__ == "MLP"
-    assert fs.with_mutable(MODEL).__wrapped__ is MODEL
+    named: Any = fs.with_mutable(MODEL)
+    assert named.__name__ == "MLP"
+    assert named.__wrapped__ is MODEL

@@ -17,6 +17,7 @@ import flaxsplit as fs
 from flaxsplit._filters import flatten
 
 from . import nnx_models as m
+from .models import structure
 
 STEPS = 20
 ADAM = optax.adam(1e-2)
@@ -40,14 +41,14 @@ def numbers(leaf: Any) -> Any:
 
 def assert_equal(left: Any, right: Any) -> None:
     """Compares two trees bit for bit."""
-    assert jax.tree.structure(left) == jax.tree.structure(right)
+    assert structure(left) == structure(right)
     assert jax.tree.leaves(left)
     left, right = jax.tree.map(numbers, (left, right))
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
 def loss_fn_of(fn: Any) -> Any:
-    def loss_fn(params, state, x):
+    def loss_fn(params: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
         out, state = fn(params, state, x)
         return m.loss_of(out), state
 
@@ -87,13 +88,13 @@ def assert_as_nnx(name: str, tx: Any) -> None:
 
 
 @pytest.mark.parametrize("name", m.MODELS)
-def test_training_equals_nnx_bit_for_bit(name):
+def test_training_equals_nnx_bit_for_bit(name: str) -> None:
     assert_as_nnx(name, ADAM)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", ["MLP", "Block"])
-def test_with_any_optimizer(name, optimizer):
+def test_with_any_optimizer(name: str, optimizer: str) -> None:
     assert_as_nnx(name, OPTIMIZERS[optimizer])
 
 
@@ -104,7 +105,7 @@ def shapes(tree: Any) -> Any:
     return jax.tree.map(jnp.shape, tree)
 
 
-def test_params_and_state_are_plain_dicts_with_readable_paths():
+def test_params_and_state_are_plain_dicts_with_readable_paths() -> None:
     _, params, state = fs.from_nnx(m.MLP(rngs=m.rngs()))
     linear = {"kernel": (6, 16), "bias": (16,)}
     assert shapes(params) == {
@@ -123,7 +124,7 @@ def test_params_and_state_are_plain_dicts_with_readable_paths():
     assert not any(isinstance(leaf, nnx.Variable) for leaf in jax.tree.leaves((params, state)))
 
 
-def test_the_modules_signature_is_kept():
+def test_the_modules_signature_is_kept() -> None:
     fn, _, _ = fs.from_nnx(m.MLP(rngs=m.rngs()))
     parameters = inspect.signature(fn).parameters.values()
     assert [(each.name, each.kind.name) for each in parameters] == [
@@ -132,15 +133,16 @@ def test_the_modules_signature_is_kept():
         ("x", "POSITIONAL_OR_KEYWORD"),
         ("scale", "KEYWORD_ONLY"),
     ]
-    assert fn.__name__ == "MLP"
+    named: Any = fn
+    assert named.__name__ == "MLP"
 
 
-def test_a_shared_variable_occurs_once():
+def test_a_shared_variable_occurs_once() -> None:
     _, params, _ = fs.from_nnx(m.Tied(rngs=m.rngs()))
     assert sorted(params) == ["embed", "mix"]
 
 
-def test_a_call_is_the_modules_call_and_leaves_the_module_alone():
+def test_a_call_is_the_modules_call_and_leaves_the_module_alone() -> None:
     model, twin = m.MLP(rngs=m.rngs()), m.MLP(rngs=m.rngs())
     before = leaves_of(model)
     fn, params, state = fs.from_nnx(model)
@@ -153,14 +155,14 @@ def test_a_call_is_the_modules_call_and_leaves_the_module_alone():
     assert_equal(leaves_of(model), leaves_of(twin))
 
 
-def test_from_nnx_after_to_nnx_is_the_identity():
+def test_from_nnx_after_to_nnx_is_the_identity() -> None:
     model = m.MLP(rngs=m.rngs())
     before = leaves_of(model)
     fs.to_nnx(model, *fs.from_nnx(model)[1:])
     assert_equal(leaves_of(model), before)
 
 
-def test_what_is_written_back_outlives_a_donated_step():
+def test_what_is_written_back_outlives_a_donated_step() -> None:
     fn, params, state = fs.from_nnx(m.MLP(rngs=m.rngs()))
     step = fs.jit_step(fs.with_optimizer(loss_fn_of(fn), ADAM))
     carry, _ = step(fs.init_carry(params, state, ADAM), m.X)
@@ -169,10 +171,10 @@ def test_what_is_written_back_outlives_a_donated_step():
     assert np.isfinite(model(m.X)).all()
 
 
-def test_a_mode_is_static():
+def test_a_mode_is_static() -> None:
     model = m.MLP(rngs=m.rngs())
     training, params, state = fs.from_nnx(model)
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     evaluating, _, _ = fs.from_nnx(model)
     _, trained_on = training(params, state, m.X)
     out, same = evaluating(params, state, m.X)
@@ -181,9 +183,10 @@ def test_a_mode_is_static():
     assert_equal(out, model(m.X))
 
 
-def test_any_function_of_the_module_is_a_method():
+def test_any_function_of_the_module_is_a_method() -> None:
     model = m.MLP(rngs=m.rngs())
-    for method in (m.MLP.hidden, model.hidden, lambda model, x, width: model.hidden(x, width)):
+    methods: tuple[Any, ...] = (m.MLP.hidden, model.hidden, lambda model, x, width: model.hidden(x, width))
+    for method in methods:
         fn, params, state = fs.from_nnx(model, method=method)
         (out, width), _ = fn(params, state, m.X, 4)
         assert (out.shape, width) == ((8, 4), 4)
@@ -200,8 +203,8 @@ class Sower(nnx.Module):
         return x * (self.w[...] if m.NEW else self.w.value)
 
 
-def test_what_a_call_adds_can_be_popped():
-    def call(model, x):
+def test_what_a_call_adds_can_be_popped() -> None:
+    def call(model: Any, x: jax.Array) -> tuple[Any, Any]:
         return model(x), nnx.pop(model, nnx.Intermediate)
 
     fn, params, state = fs.from_nnx(Sower(), method=call)
@@ -211,9 +214,9 @@ def test_what_a_call_adds_can_be_popped():
 
 
 @pytest.mark.skipif(not hasattr(nnx, "capture"), reason="flax 0.12.4 has nnx.capture")
-def test_what_is_sown_can_be_captured():
+def test_what_is_sown_can_be_captured() -> None:
     class Sowing(Sower):
-        def __call__(self, x):
+        def __call__(self, x: jax.Array) -> Any:
             self.sow(nnx.Intermediate, "seen", x)
             return x
 
@@ -235,7 +238,7 @@ class Odd(nnx.Module):
         return x
 
 
-def test_a_value_may_be_a_tree():
+def test_a_value_may_be_a_tree() -> None:
     model = Odd()
     fn, params, state = fs.from_nnx(model)
     (collection,) = state
@@ -245,35 +248,35 @@ def test_a_value_may_be_a_tree():
     fs.to_nnx(model, params, state)
 
 
-class Average(nnx.Variable):
+class Average(nnx.Variable[Any]):
     """Registered under a name that flaxsplit gives a meaning of its own."""
 
 
 nnx.register_variable_name("ema", Average)
 
 
-def test_a_collection_of_the_modules_own_is_not_taken_for_ours():
-    model = m.Dropping(rngs=m.rngs())
+def test_a_collection_of_the_modules_own_is_not_taken_for_ours() -> None:
+    model: Any = m.Dropping(rngs=m.rngs())
     model.average = Average(jnp.ones(2))
     assert "ema_" in fs.from_nnx(model)[2]
 
 
-def test_a_kind_of_param_that_is_not_trained_is_a_frozen_param():
+def test_a_kind_of_param_that_is_not_trained_is_a_frozen_param() -> None:
     _, params, state = fs.from_nnx(m.Adapted(rngs=m.rngs()), trainable="body/kernel")
     assert shapes(params) == {"body": {"kernel": (6, 8)}}
     assert {"lora_a", "lora_b"} <= {name for path, _ in flatten(state["params"]) for name in path}
 
 
-def test_every_key_is_a_string():
+def test_every_key_is_a_string() -> None:
     _, params, _ = fs.from_nnx(m.Containers(rngs=m.rngs()))
     assert {type(name) for path, _ in flatten(params) for name in path} == {str}
     assert "10" in params["many"]
 
 
 @pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="flax 0.12 has two modes")
-def test_shared_variables_are_taken_in_tree_mode_too():
+def test_shared_variables_are_taken_in_tree_mode_too() -> None:
     model = m.Tied(rngs=m.rngs())
-    with nnx.set_graph_mode(False):
+    with nnx.set_graph_mode(False):  # type: ignore[no-untyped-call]
         fn, params, state = fs.from_nnx(model)
         out, _ = fn(params, state, m.WORDS)
     assert_equal(out, model(m.WORDS))
@@ -282,7 +285,7 @@ def test_shared_variables_are_taken_in_tree_mode_too():
 # ---- which params
 
 
-FILTERS = {
+FILTERS: dict[str, Any] = {
     "type": nnx.Param,
     "path": nnx.All(nnx.Param, nnx.PathContains("head")),
     "callable": lambda path, variable: path[0] == "head",
@@ -294,7 +297,7 @@ FILTERS = {
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_filters_of_nnx_and_of_ours(name):
+def test_filters_of_nnx_and_of_ours(name: str) -> None:
     fn, params, state = fs.from_nnx(m.MLP(rngs=m.rngs()), trainable=FILTERS[name])
     frozen = [] if name == "type" else ["first", "norm"]
     assert sorted({*params} | {*state.get("params", {})}) == ["first", "head", "norm"]
@@ -303,7 +306,7 @@ def test_filters_of_nnx_and_of_ours(name):
     assert_equal(out, m.MLP(rngs=m.rngs())(m.X))
 
 
-def test_frozen_params_never_change_and_have_no_optimizer_state():
+def test_frozen_params_never_change_and_have_no_optimizer_state() -> None:
     fn, params, state = fs.from_nnx(m.MLP(rngs=m.rngs()), trainable="head/*")
     carry = fs.init_carry(params, state, ADAM)
     assert shapes(carry.opt_state[0].mu) == shapes(params)
@@ -314,10 +317,9 @@ def test_frozen_params_never_change_and_have_no_optimizer_state():
 # ---- with the other combinators
 
 
-def test_vmap_stateful_shares_statistics_and_splits_dropout():
-    make = lambda **k: m.MLP(rngs=m.rngs(), **k)  # noqa: E731
-    whole, params, state = fs.from_nnx(make())
-    lane, _, _ = fs.from_nnx(make(axis_name="batch"))
+def test_vmap_stateful_shares_statistics_and_splits_dropout() -> None:
+    whole, params, state = fs.from_nnx(m.MLP(rngs=m.rngs()))
+    lane, _, _ = fs.from_nnx(m.MLP(rngs=m.rngs(), axis_name="batch"))
     _, by_batch = whole(params, state, m.X)
     _, by_lane = fs.vmap_stateful(lane)(params, state, m.X)
     jax.tree.map(
@@ -334,7 +336,7 @@ def test_vmap_stateful_shares_statistics_and_splits_dropout():
 
 
 @pytest.mark.skipif(not m.NEW, reason="before flax 0.11 a stack of layers held no streams")
-def test_vmap_stateful_splits_the_stacked_streams_of_a_scan():
+def test_vmap_stateful_splits_the_stacked_streams_of_a_scan() -> None:
     model = m.Stacked(rngs=m.rngs())
     model.set_attributes(use_running_average=True)
     fn, params, state = fs.from_nnx(model)
@@ -343,13 +345,13 @@ def test_vmap_stateful_splits_the_stacked_streams_of_a_scan():
     assert len({row.tobytes() for row in np.asarray(out)}) == 8
 
 
-def test_a_missing_axis_name_is_told_by_the_path():
+def test_a_missing_axis_name_is_told_by_the_path() -> None:
     fn, params, state = fs.from_nnx(m.MLP(rngs=m.rngs()))
     with pytest.raises(fs.UnsyncedStateError, match=r"state\['batch_stats'\]\['norm'\]\['mean'\]: differs per lane"):
         fs.vmap_stateful(fn)(params, state, m.X[:, None])
 
 
-def test_scan_steps_equals_the_loop_and_ema_is_written_back():
+def test_scan_steps_equals_the_loop_and_ema_is_written_back() -> None:
     fn, params, state = fs.from_nnx(m.MLP(rngs=m.rngs()))
     step = fs.with_ema(fs.with_optimizer(loss_fn_of(fn), ADAM), decay=0.9)
     carry = fs.init_carry(params, state | {"ema": params}, ADAM)
@@ -364,7 +366,7 @@ def test_scan_steps_equals_the_loop_and_ema_is_written_back():
     assert_equal(leaves_of(model)["['head']['kernel'].value"], np.asarray(carry.state["ema"]["head"]["kernel"]))
 
 
-def test_a_checkpoint_is_adopted_and_training_goes_on_bit_for_bit():
+def test_a_checkpoint_is_adopted_and_training_goes_on_bit_for_bit() -> None:
     fn, params, state = fs.from_nnx(m.MLP(rngs=m.rngs()))
     step = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(loss_fn_of(fn), ADAM)))
     carry, _ = step(fs.init_carry(params, state, ADAM), m.X)
@@ -374,7 +376,7 @@ def test_a_checkpoint_is_adopted_and_training_goes_on_bit_for_bit():
     assert_equal(jax.tree.map(numbers, restored), jax.tree.map(numbers, straight))
 
 
-def test_nnx_in_linen_is_a_linen_module():
+def test_nnx_in_linen_is_a_linen_module() -> None:
     model = nnx.bridge.ToLinen(m.Placed)
     variables = model.init(jax.random.key(0), m.X)
     params, state = fs.split_params(variables)
@@ -385,8 +387,8 @@ def test_nnx_in_linen_is_a_linen_module():
 
 @pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="flax 0.12 has two modes")
 @pytest.mark.parametrize("graph", [True, False])
-def test_in_graph_mode_and_in_tree_mode(graph):
-    with nnx.set_graph_mode(graph):
+def test_in_graph_mode_and_in_tree_mode(graph: bool) -> None:
+    with nnx.set_graph_mode(graph):  # type: ignore[no-untyped-call]
         model = m.MLP(rngs=m.rngs())
         fn, params, state = fs.from_nnx(model)
         carry = fs.init_carry(params, state, ADAM)
@@ -421,7 +423,7 @@ class Writer(nnx.Module):
         self.lifted = lifted
 
     def __call__(self, x: Any) -> Any:
-        def call(w, b):
+        def call(w: Any, b: Any) -> Any:
             if m.NEW:
                 w[...] = w[...] / jnp.linalg.norm(w[...])
                 return x * w[...] + b[...]
@@ -431,7 +433,7 @@ class Writer(nnx.Module):
         return self.lifted(call)(self.w, self.b)
 
 
-def test_a_class():
+def test_a_class() -> None:
     assert fails(fs.SignatureError, fs.from_nnx, m.MLP) == whole("""
     from_nnx(module): module must be an instance of nnx.Module
       got:
@@ -441,7 +443,7 @@ def test_a_class():
     """)
 
 
-def test_a_linen_module():
+def test_a_linen_module() -> None:
     assert fails(fs.SignatureError, fs.from_nnx, m.Linen()) == whole("""
     from_nnx(module): module must be an instance of nnx.Module
       got:
@@ -452,7 +454,7 @@ def test_a_linen_module():
 
 
 @pytest.mark.parametrize("part", [0, 1])
-def test_a_split_module(part):
+def test_a_split_module(part: int) -> None:
     split = nnx.split(m.MLP(rngs=m.rngs()))[part]
     assert fails(fs.SignatureError, fs.from_nnx, split) == whole(f"""
     from_nnx(module): module must be an instance of nnx.Module
@@ -464,7 +466,7 @@ def test_a_split_module(part):
     assert "to_nnx(module, params, state): module must be" in fails(fs.SignatureError, fs.to_nnx, split, {}, {})
 
 
-def test_an_abstract_module():
+def test_an_abstract_module() -> None:
     model = nnx.eval_shape(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     assert fails(fs.SignatureError, fs.from_nnx, model) == whole("""
     from_nnx(module): every variable must have a value
@@ -476,7 +478,7 @@ def test_an_abstract_module():
     """)
 
 
-def test_a_bridged_module_without_variables():
+def test_a_bridged_module_without_variables() -> None:
     model = nnx.bridge.ToNNX(m.Linen())
     assert fails(fs.CollectionError, fs.from_nnx, model) == whole("""
     from_nnx(trainable=...): the filter must choose at least one variable
@@ -485,10 +487,11 @@ def test_a_bridged_module_without_variables():
       likely cause: a bridged module that was not initialized, or one without params
       fix: from_nnx(nnx.bridge.lazy_init(module, x))
     """)
-    assert "Dense_0" in fs.from_nnx(nnx.bridge.lazy_init(nnx.bridge.ToNNX(m.Linen(), rngs=m.rngs()), m.X))[1]
+    bridged: Any = nnx.bridge.lazy_init(nnx.bridge.ToNNX(m.Linen(), rngs=m.rngs()), m.X)
+    assert "Dense_0" in fs.from_nnx(bridged)[1]
 
 
-def test_a_filter_that_leaves_no_params():
+def test_a_filter_that_leaves_no_params() -> None:
     model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
     assert fails(fs.CollectionError, fs.from_nnx, model, trainable=nnx.LoRAParam) == whole("""
     from_nnx(trainable=...): the filter must choose at least one variable
@@ -507,7 +510,7 @@ def test_a_filter_that_leaves_no_params():
     """)
 
 
-def test_a_filter_that_is_none():
+def test_a_filter_that_is_none() -> None:
     assert fails(fs.SignatureError, fs.from_nnx, m.MLP(rngs=m.rngs()), trainable=3) == whole("""
     from_nnx(trainable=...): one of NNX's filters, a glob, a tree of bools, or a list of these
       got:
@@ -517,7 +520,7 @@ def test_a_filter_that_is_none():
     """)
 
 
-def test_a_filter_that_chooses_counters():
+def test_a_filter_that_chooses_counters() -> None:
     assert fails(fs.CollectionError, fs.from_nnx, m.MLP(rngs=m.rngs()), trainable=(nnx.Param, m.Calls)) == whole("""
     from_nnx(trainable=...): every param must be differentiable: of a floating or complex dtype
       got:
@@ -527,7 +530,7 @@ def test_a_filter_that_chooses_counters():
     """)
 
 
-def test_a_variable_made_in_the_call():
+def test_a_variable_made_in_the_call() -> None:
     fn, params, state = fs.from_nnx(Sower())
     assert fails(fs.StateDriftError, fn, params, state, jnp.ones(3)) == whole("""
     from_nnx(module): a call must leave the module with the variables that it had
@@ -556,7 +559,7 @@ class Dull(nnx.Module):
         self.calls = 0
 
 
-def test_an_attribute_changed_in_the_call():
+def test_an_attribute_changed_in_the_call() -> None:
     fn, params, state = fs.from_nnx(Counter())
     assert fails(fs.StateDriftError, fn, params, state, jnp.ones(3)) == whole("""
     from_nnx(module): a call must leave the module's attributes as they were
@@ -568,7 +571,7 @@ def test_an_attribute_changed_in_the_call():
 
 
 @pytest.mark.parametrize("lifted", [lambda fn: fn, nnx.remat, nnx.jit], ids=["plain", "remat", "jit"])
-def test_a_param_written_in_the_call(lifted):
+def test_a_param_written_in_the_call(lifted: Any) -> None:
     fn, params, state = fs.from_nnx(Writer(lifted))
     assert fails(fs.CollectionError, fn, params, state, jnp.ones(3)) == whole("""
     from_nnx(trainable=...): params are the optimizer's to change
@@ -583,7 +586,7 @@ def test_a_param_written_in_the_call(lifted):
     np.testing.assert_allclose(state["params"]["w"], 3**-0.5, rtol=1e-6)
 
 
-def test_another_architecture():
+def test_another_architecture() -> None:
     _, params, _ = fs.from_nnx(m.Dropping(rngs=m.rngs()))
     linear = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     text = fails(fs.CollectionError, fs.to_nnx, linear, params, {"rngs": {"drop": jnp.ones(())}, "ema": params})
@@ -599,7 +602,7 @@ def test_another_architecture():
     """)
 
 
-def test_another_shape_and_a_leaf_in_both_halves():
+def test_another_shape_and_a_leaf_in_both_halves() -> None:
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     before = leaves_of(model)
     fn, params, state = fs.from_nnx(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
@@ -624,13 +627,13 @@ PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "nnx.md").read_text()
 BLOCKS = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", PAGE, re.DOTALL))
 
 
-def test_all_code_of_the_page_is_run():
+def test_all_code_of_the_page_is_run() -> None:
     assert BLOCKS.keys() == {"before", "after", "modes"}
     assert PAGE.count("```python") == len(BLOCKS)
 
 
 @pytest.mark.skipif(not m.NEW, reason="before flax 0.11 nnx.Optimizer.update took the gradients alone")
-def test_before_and_after_are_the_same_bit_for_bit():
+def test_before_and_after_are_the_same_bit_for_bit() -> None:
     names: dict[str, Any] = {}
     exec(BLOCKS["before"], names)  # noqa: S102 (the page's own code)
     loss = names["loss"]

@@ -1,10 +1,13 @@
 """What a user sees: the names, their signatures, and what importing them costs."""
 
 import ast
+import importlib.metadata
 import inspect
 import pathlib
 import subprocess
 import sys
+import tomllib
+from typing import Any
 
 import pytest
 
@@ -44,38 +47,38 @@ CLASSES = {
 PACKAGE = pathlib.Path(fs.__file__).parent
 
 
-def bare(fn):
+def bare(fn: Any) -> str:
     """A signature without annotations."""
     signature = inspect.signature(fn)
     parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     return str(signature.replace(parameters=parameters, return_annotation=signature.empty))
 
 
-def test_the_public_names_are_these():
+def test_the_public_names_are_these() -> None:
     public = {name for name in vars(fs) if not name.startswith("_")}
     assert public == SIGNATURES.keys() | CLASSES.keys()
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_signatures_are_the_contract(name):
+def test_signatures_are_the_contract(name: str) -> None:
     assert bare(getattr(fs, name)) == SIGNATURES[name]
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_errors_are_children_of_builtins(name):
+def test_errors_are_children_of_builtins(name: str) -> None:
     assert issubclass(getattr(fs, name), CLASSES[name])
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_every_public_docstring_has_an_example_and_what_comes_out(name):
-    doc = inspect.getdoc(getattr(fs, name))
+def test_every_public_docstring_has_an_example_and_what_comes_out(name: str) -> None:
+    doc = inspect.getdoc(getattr(fs, name)) or ""
     if name != "Carry":
         assert ">>> " in doc
         assert "Law: " in doc
         assert "Returns:" in doc or "Yields:" in doc
 
 
-def test_modules_import_only_from_those_before_them():
+def test_modules_import_only_from_those_before_them() -> None:
     order = ["_types", "_describe", "_errors", "_checks", "_filters", "_split", "_mutable", "_rngs", "_vmap", "_settle"]
     order += ["_carry", "_step", "_traces", "_nnx"]
     assert sorted(p.stem for p in PACKAGE.glob("_*.py") if p.stem != "__init__") == sorted(order)
@@ -85,7 +88,20 @@ def test_modules_import_only_from_those_before_them():
         assert imported <= set(order[:i]), name
 
 
-def test_import_needs_only_the_five_libraries():
+def test_the_wheel_holds_the_package_and_nothing_beside_it() -> None:
+    project = PACKAGE.parent / "pyproject.toml"
+    if project.exists():
+        wheel = tomllib.loads(project.read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+        assert wheel == {"packages": ["flaxsplit"]}
+    else:  # where the built wheel is tested: `make newest`
+        files = importlib.metadata.files("flaxsplit") or []
+        assert {file.parts[0] for file in files} == {
+            "flaxsplit",
+            f"flaxsplit-{importlib.metadata.version('flaxsplit')}.dist-info",
+        }
+
+
+def test_import_needs_only_the_five_libraries() -> None:
     optional = ["orbax", "equinox", "haiku", "rich", "sklearn", "matplotlib", "hypothesis", "pytest", "beartype"]
     code = f"""
 import sys

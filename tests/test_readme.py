@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,8 +14,8 @@ README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", README, re.DOTALL))
 
 
-def test_before_and_after_are_the_same_bit_for_bit():
-    names = {}
+def test_before_and_after_are_the_same_bit_for_bit() -> None:
+    names: dict[str, Any] = {}
     exec(BLOCKS["before"], names)  # noqa: S102 (the README's own code)
     by_hand = {name: names[name] for name in ("params", "state", "value")}
     exec(BLOCKS["after"], names)  # noqa: S102
@@ -23,17 +24,17 @@ def test_before_and_after_are_the_same_bit_for_bit():
     assert int(names["carry"].step) == 20
 
 
-def test_the_readme_names_every_combinator():
+def test_the_readme_names_every_combinator() -> None:
     functions = {name for name, value in vars(fs).items() if not name.startswith("_") and not isinstance(value, type)}
     missing = {name for name in functions if f"`{name}`" not in README}
     assert missing == set()
 
 
-def test_all_code_is_run():
+def test_all_code_is_run() -> None:
     assert BLOCKS.keys() == {"before", "after"}
     assert README.count("```python") == len(BLOCKS)
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+(?:Error|Warning)):", README))))
-def test_the_readme_names_errors_that_exist(name):
+def test_the_readme_names_errors_that_exist(name: str) -> None:
     assert issubclass(getattr(fs, name), Exception)

@@ -9,11 +9,11 @@ import pytest
 FILES = sorted(path.stem for path in (pathlib.Path(__file__).parent / "typing" / "realistic").glob("*.py"))
 
 
-def test_there_are_ten():
+def test_there_are_ten() -> None:
     assert len(FILES) == 10
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_realistic_file_trains(name):
+def test_a_realistic_file_trains(name: str) -> None:
     module = importlib.import_module(f"tests.typing.realistic.{name}")
     assert math.isfinite(module.train(steps=2))

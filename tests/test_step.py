@@ -1,5 +1,7 @@
 """`with_optimizer` beside its laws: several devices, optax's extra arguments, what a failing or donated step leaves."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,25 +17,25 @@ from .models import MLP, Dropping, X, Y
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
 
-def loss_fn(params, state, batch):
+def loss_fn(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
     """Linear regression, counting the batches."""
     x, y = batch
     return ((x @ params["w"] - y) ** 2).mean(), {"seen": state["seen"] + 1}
 
 
-def start(tx, sharding=None):
+def start(tx: optax.GradientTransformation, sharding: Any = None) -> fs.Carry:
     """A carry of one matrix and one counter."""
     return fs.init_carry({"w": jax.device_put(jnp.full((10, 1), 0.1), sharding)}, {"seen": jnp.int32(0)}, tx)
 
 
-def assert_close(left, right):
+def assert_close(left: Any, right: Any) -> None:
     """Compares two trees to rounding."""
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), left, right)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_axis_name_averages_under_shard_map(check_vma, microbatches):
+def test_axis_name_averages_under_shard_map(check_vma: bool, microbatches: int) -> None:
     tx = optax.sgd(0.1, momentum=0.9)  # not Adam: it would not see gradients that are eight times too large
     step = fs.with_optimizer(loss_fn, tx, axis_name="data", microbatches=microbatches)
     sharded = jax.jit(
@@ -49,7 +51,7 @@ def test_axis_name_averages_under_shard_map(check_vma, microbatches):
     assert int(ours.state["seen"]) == 3 * microbatches
 
 
-def test_axis_name_averages_under_vmap():
+def test_axis_name_averages_under_vmap() -> None:
     tx = optax.sgd(0.1)
     step = fs.with_optimizer(loss_fn, tx, axis_name="data")
     batch = jax.tree.map(lambda leaf: leaf.reshape(8, 4, -1), (X, Y))
@@ -61,7 +63,7 @@ def test_axis_name_averages_under_vmap():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pmap is on its way out; it has to work while it is there
-def test_axis_name_averages_under_pmap():
+def test_axis_name_averages_under_pmap() -> None:
     tx = optax.sgd(0.1)
     step = fs.with_optimizer(loss_fn, tx, axis_name="data")
     batch = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(8, 4, -1), (X, Y))
@@ -74,7 +76,7 @@ def test_axis_name_averages_under_pmap():
 
 @pytest.mark.parametrize("microbatches", [1, 4])
 @pytest.mark.parametrize("tx", [optax.lbfgs(), optax.contrib.reduce_on_plateau(patience=1)], ids=["lbfgs", "plateau"])
-def test_extra_arguments_reach_the_optimizer(tx, microbatches):
+def test_extra_arguments_reach_the_optimizer(tx: Any, microbatches: int) -> None:
     tx = optax.chain(optax.sgd(0.05), tx) if "plateau" in str(tx.update) else tx
     step = fs.jit_step(fs.with_optimizer(loss_fn, tx, microbatches=microbatches))
     carry, losses = start(tx), []
@@ -84,12 +86,12 @@ def test_extra_arguments_reach_the_optimizer(tx, microbatches):
     assert losses[-1] < losses[0]
 
 
-def test_value_fn_is_the_loss_on_the_same_batch_and_state():
-    seen = {}
+def test_value_fn_is_the_loss_on_the_same_batch_and_state() -> None:
+    seen: dict[str, Any] = {}
 
-    def update(grads, state, params, *, value, grad, value_fn, **_):
-        seen.update(value=value, again=value_fn(params), same=grad is grads)
-        return grads, state
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        seen.update(value=extra["value"], again=extra["value_fn"](params), same=extra["grad"] is updates)
+        return updates, state
 
     tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
     fs.with_optimizer(loss_fn, tx)(start(tx), (X, Y))
@@ -97,8 +99,8 @@ def test_value_fn_is_the_loss_on_the_same_batch_and_state():
     assert seen["same"]
 
 
-def test_aux_comes_out_and_is_stacked_over_microbatches():
-    def with_aux(params, state, batch):
+def test_aux_comes_out_and_is_stacked_over_microbatches() -> None:
+    def with_aux(params: Any, state: Any, batch: Any) -> tuple[tuple[jax.Array, Any], Any]:
         loss, state = loss_fn(params, state, batch)
         return (loss, {"n": jnp.int32(len(batch[0]))}), state
 
@@ -110,10 +112,10 @@ def test_aux_comes_out_and_is_stacked_over_microbatches():
     np.testing.assert_array_equal(aux["n"], [8, 8, 8, 8])
 
 
-def test_each_microbatch_draws_its_own_keys():
+def test_each_microbatch_draws_its_own_keys() -> None:
     apply = fs.with_rngs(fs.vmap_stateful(fs.with_mutable(Dropping())))
 
-    def loss_with_masks(params, state, x):
+    def loss_with_masks(params: Any, state: Any, x: jax.Array) -> tuple[tuple[jax.Array, Any], Any]:
         out, state = apply(params, state, x, train=True)
         return ((out**2).mean(), out), state
 
@@ -130,8 +132,8 @@ def test_each_microbatch_draws_its_own_keys():
     assert new.state["rngs"]["dropout"] == state["rngs"]["dropout"]
 
 
-def test_bf16_gradients_are_accumulated_in_f32():
-    def small(params, state, x):
+def test_bf16_gradients_are_accumulated_in_f32() -> None:
+    def small(params: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
         return (params["w"] * x).mean(), state
 
     tx = optax.sgd(1.0)
@@ -142,14 +144,14 @@ def test_bf16_gradients_are_accumulated_in_f32():
     np.testing.assert_allclose(np.float32(new.params["w"]), -float(x.astype(jnp.float32).mean()), rtol=1e-2)
 
 
-def test_a_donated_step_deletes_nothing_of_the_callers():
+def test_a_donated_step_deletes_nothing_of_the_callers() -> None:
     model = MLP()
     variables = model.init(jax.random.key(0), X[0])
     params, state = fs.split_params(variables)
     apply = fs.vmap_stateful(fs.with_mutable(model))
     before = jax.device_get((variables, params, state))
 
-    def mlp_loss(params, state, batch):
+    def mlp_loss(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
         pred, state = apply(params, state, batch[0], train=True)
         return optax.l2_loss(pred, batch[1]).mean(), state
 
@@ -164,7 +166,7 @@ def test_a_donated_step_deletes_nothing_of_the_callers():
     assert out.shape == Y.shape
 
 
-def test_a_carry_that_was_consumed_says_so_in_jaxs_words():
+def test_a_carry_that_was_consumed_says_so_in_jaxs_words() -> None:
     # jit_step returns jax.jit's own object: nothing of ours runs at a dispatch, so the words are JAX's
     tx = optax.sgd(0.1)
     step, carry = fs.jit_step(fs.with_optimizer(loss_fn, tx)), start(tx)
@@ -173,12 +175,12 @@ def test_a_carry_that_was_consumed_says_so_in_jaxs_words():
         step(carry, (X, Y))
 
 
-def test_jit_step_takes_a_train_state():
+def test_jit_step_takes_a_train_state() -> None:
     from flax.training.train_state import TrainState
 
-    train_state = TrainState.create(apply_fn=None, params={"w": jnp.ones(3)}, tx=optax.sgd(0.1))
+    train_state = TrainState.create(apply_fn=print, params={"w": jnp.ones(3)}, tx=optax.sgd(0.1))
 
-    def step(train_state, batch):
+    def step(train_state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         grads = jax.grad(lambda params: (params["w"] * batch).sum())(train_state.params)
         return train_state.apply_gradients(grads=grads), ()
 
@@ -186,7 +188,7 @@ def test_jit_step_takes_a_train_state():
     assert int(new.step) == 1
 
 
-def test_ema_takes_a_schedule():
+def test_ema_takes_a_schedule() -> None:
     tx, params = optax.sgd(1.0), {"w": jnp.ones(2)}
     step = fs.with_ema(
         fs.with_optimizer(lambda p, s, b: ((p["w"] * b).sum(), s), tx),

@@ -24,28 +24,28 @@ BATCH = (X, Y)
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
 
-def loss_of(apply):
+def loss_of(apply: Any) -> Any:
     """The loss function of a model, and of whatever it gives out."""
 
-    def loss_fn(params, state, batch):
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
         out, state = apply(params, state, batch[0])
         return sum((leaf**2).mean() for leaf in jax.tree.leaves(out)), state
 
     return loss_fn
 
 
-def train_mlp(params, state, batch):
+def train_mlp(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
     """The loss function of the guide's MLP."""
     pred, state = fs.vmap_stateful(fs.with_mutable(MLP()))(params, state, batch[0], train=True)
     return optax.l2_loss(pred, batch[1]).mean(), state
 
 
-def mlp():
+def mlp() -> tuple[dict[str, Any], dict[str, Any]]:
     """Params and state of the guide's MLP."""
     return fs.split_params(MLP().init(KEY, X[0]))
 
 
-def types(carry):
+def types(carry: fs.Carry) -> tuple[Any, Any]:
     """What must stay as it is: structure, shapes, dtypes, weak types and placement."""
     kinds = [
         (leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), leaf.sharding) for leaf in jax.tree.leaves(carry)
@@ -53,7 +53,9 @@ def types(carry):
     return jax.tree.structure(carry), kinds
 
 
-def assert_once(step, carry, batches=(BATCH,), edit=lambda i, carry: carry, **options):
+def assert_once(
+    step: Any, carry: fs.Carry, batches: Any = (BATCH,), edit: Any = lambda i, carry: carry, **options: Any
+) -> fs.Carry:
     """Runs a step 20 times: one trace, one compile, and the carry goes on as it came."""
     given = types(carry)
     name = step.__name__
@@ -67,23 +69,23 @@ def assert_once(step, carry, batches=(BATCH,), edit=lambda i, carry: carry, **op
     return carry
 
 
-def scanned(model):
+def scanned(model: Any) -> Any:
     """Stacks layers by `nn.scan`."""
     return nn.scan(model, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=3)()
 
 
-def widened(model):
+def widened(model: Any) -> Any:
     """An ensemble by `nn.vmap`."""
     axes = {"params": 0, "batch_stats": 0}
     return nn.vmap(model, variable_axes=axes, split_rngs={"params": True}, in_axes=None, axis_size=3)()
 
 
-def on_batch(model):
+def on_batch(model: Any) -> tuple[Any, Any]:
     """A model that takes the batch."""
     return fs.with_mutable(model), model.init(KEY, X)
 
 
-def on_example(model):
+def on_example(model: Any) -> tuple[Any, Any]:
     """A model that takes one example."""
     return fs.with_rngs(fs.vmap_stateful(fs.with_mutable(model))), model.init(KEY, X[0], train=False)
 
@@ -104,18 +106,18 @@ MODELS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model(name):
+def test_every_model(name: str) -> None:
     apply, variables = MODELS[name]()
     params, state = fs.split_params(variables)
     state |= fs.rng_state(dropout=jax.random.key(1)) if name == "Dropping" else {}
     assert_once(fs.with_optimizer(loss_of(apply), TX), fs.init_carry(params, state, TX))
 
 
-def test_steady_state():
+def test_steady_state() -> None:
     assert_once(fs.with_optimizer(train_mlp, TX), fs.init_carry(*mlp(), TX))
 
 
-def test_the_guides_drift_after_settle_state():
+def test_the_guides_drift_after_settle_state() -> None:
     apply, x = fs.with_mutable(BiasAdder()), jnp.ones((10, 5))
     params, state = fs.split_params(BiasAdder().init(KEY, x))
     with pytest.raises(fs.StateDriftError):
@@ -124,8 +126,8 @@ def test_the_guides_drift_after_settle_state():
     assert_once(fs.with_optimizer(loss_of(apply), TX), fs.init_carry(params, settled, TX), [(x,)])
 
 
-def test_python_scalars_in_the_state():
-    def loss_fn(params, state, batch):
+def test_python_scalars_in_the_state() -> None:
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
         return (params["w"] * batch).sum(), {"mine": {"n": state["mine"]["n"] + 1, "rate": state["mine"]["rate"] * 0.5}}
 
     state = {"mine": {"n": 0, "rate": 1.0}}
@@ -133,15 +135,15 @@ def test_python_scalars_in_the_state():
     assert int(carry.state["mine"]["n"]) == STEPS
 
 
-def test_python_scalars_that_the_loss_function_returns():
-    def loss_fn(params, state, batch):
+def test_python_scalars_that_the_loss_function_returns() -> None:
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
         return (params["w"] * batch).sum(), {"mine": {"n": 1, "rate": 0.5}}
 
     carry = fs.init_carry({"w": jnp.ones(3)}, {"mine": {"n": 0, "rate": 1.0}}, TX)
     assert_once(fs.with_optimizer(loss_fn, TX), carry, [np.ones(3, np.float32)])
 
 
-def test_bf16_compute_with_f32_state():
+def test_bf16_compute_with_f32_state() -> None:
     model = nn.Sequential([nn.Dense(8, dtype=jnp.bfloat16), nn.BatchNorm(False, dtype=jnp.bfloat16)])
     apply, variables = on_batch(model)
     carry = fs.init_carry(*fs.split_params(variables), TX)
@@ -150,12 +152,12 @@ def test_bf16_compute_with_f32_state():
 
 
 @pytest.mark.parametrize("frozen", ["variables", "halves", "by the model"])
-def test_frozen_dicts(frozen):
+def test_frozen_dicts(frozen: str) -> None:
     variables = MLP().init(KEY, X[0])
     halves = fs.split_params(freeze(variables))
     params, state = map(freeze, halves) if frozen == "halves" else halves
 
-    def loss_fn(params, state, batch):
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
         loss, state = train_mlp(params, state, batch)
         return loss, freeze(state) if frozen == "by the model" else state
 
@@ -166,8 +168,8 @@ def test_frozen_dicts(frozen):
     assert_once(fs.with_optimizer(loss_fn, TX), fs.init_carry(params, state, TX))
 
 
-def test_a_fresh_apply_and_an_equal_new_module_per_loop():
-    def loss_fn(params, state, batch):
+def test_a_fresh_apply_and_an_equal_new_module_per_loop() -> None:
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
         pred, state = fs.vmap_stateful(fs.with_mutable(MLP().apply))(params, state, batch[0], train=True)
         return optax.l2_loss(pred, batch[1]).mean(), state
 
@@ -181,9 +183,9 @@ def test_a_fresh_apply_and_an_equal_new_module_per_loop():
     assert (log.traces["loss_fn"], log.compiles["loss_fn"]) == (1, 1)
 
 
-def test_train_and_eval_alternating():
+def test_train_and_eval_alternating() -> None:
     @fs.assert_max_traces
-    def evaluate(params, state, x):
+    def evaluate(params: Any, state: Any, x: jax.Array) -> Any:
         return fs.vmap_stateful(fs.with_mutable(MLP(), mutable=False))(params, state, x)[0]
 
     step, evaluate = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(train_mlp, TX))), jax.jit(evaluate)
@@ -196,7 +198,7 @@ def test_train_and_eval_alternating():
         assert (log.traces[name], log.compiles[name]) == (1, 1)
 
 
-def test_sown_intermediates():
+def test_sown_intermediates() -> None:
     apply = fs.with_mutable(Sowing(), capture=("intermediates", "losses"))
     params, state = fs.split_params(Sowing().init(KEY, X))
     state.pop("losses")  # what init sowed
@@ -204,8 +206,8 @@ def test_sown_intermediates():
     assert carry.state.keys() == {"batch_stats"}
 
 
-def test_a_restored_checkpoint():
-    def through_a_file(i, carry):
+def test_a_restored_checkpoint() -> None:
+    def through_a_file(i: int, carry: fs.Carry) -> fs.Carry:
         if i not in (5, 11):
             return carry
         numpy = jax.tree.map(np.asarray, tuple(carry))
@@ -215,11 +217,11 @@ def test_a_restored_checkpoint():
 
 
 @pytest.mark.parametrize("how", ["adopt_carry", "jit_step like"])
-def test_a_learning_rate_changed_through_inject_hyperparams(how):
+def test_a_learning_rate_changed_through_inject_hyperparams(how: str) -> None:
     tx = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
     start = fs.init_carry(*mlp(), tx)
 
-    def changed(i, carry):
+    def changed(i: int, carry: fs.Carry) -> fs.Carry:
         old = carry.opt_state
         rate = 0.1 / (i + 1) if how == "adopt_carry" else jnp.asarray(0.1 / (i + 1))
         new = carry._replace(opt_state=old._replace(hyperparams={"learning_rate": rate}))
@@ -231,7 +233,7 @@ def test_a_learning_rate_changed_through_inject_hyperparams(how):
 
 
 HERE = jax.devices()[0]
-PLACES = {
+PLACES: dict[str, Any] = {
     "numpy": jax.device_get,
     "uncommitted": lambda tree: jax.tree.map(jnp.asarray, jax.device_get(tree)),
     "committed": lambda tree: jax.device_put(tree, HERE),
@@ -240,22 +242,22 @@ PLACES = {
 
 @pytest.mark.parametrize("batch", PLACES)
 @pytest.mark.parametrize("params", PLACES)
-def test_committed_and_uncommitted_inputs(params, batch):
-    carry = fs.init_carry(*PLACES[params](mlp()), TX)
-    assert_once(fs.with_optimizer(train_mlp, TX), carry, [PLACES[batch](BATCH)])
+def test_committed_and_uncommitted_inputs(params: str, batch: str) -> None:
+    start, state = PLACES[params](mlp())
+    assert_once(fs.with_optimizer(train_mlp, TX), fs.init_carry(start, state, TX), [PLACES[batch](BATCH)])
 
 
-def test_numpy_batches_and_jax_batches_in_turn():
+def test_numpy_batches_and_jax_batches_in_turn() -> None:
     batches = [PLACES["numpy"](BATCH), PLACES["uncommitted"](BATCH)]
     assert_once(fs.with_optimizer(train_mlp, TX), fs.init_carry(*mlp(), TX), batches)
 
 
-def test_committed_and_uncommitted_batches_in_turn():
+def test_committed_and_uncommitted_batches_in_turn() -> None:
     carry, batches = fs.init_carry(*mlp(), TX), [place(BATCH) for place in PLACES.values()]
     assert_once(fs.with_optimizer(train_mlp, TX), carry, batches, like=carry)
 
 
-def test_params_put_on_a_device_by_hand():
+def test_params_put_on_a_device_by_hand() -> None:
     params, state = mlp()
     carry = fs.init_carry(jax.device_put(params, jax.devices()[3]), state, TX)
     carry = assert_once(fs.with_optimizer(train_mlp, TX), carry, [jax.device_get(BATCH)])
@@ -263,8 +265,8 @@ def test_params_put_on_a_device_by_hand():
 
 
 @pytest.mark.parametrize("spec", [P(), P("data")], ids=["replicated", "fsdp"])
-def test_params_on_a_mesh(spec):
-    def place(leaf):
+def test_params_on_a_mesh(spec: Any) -> None:
+    def place(leaf: Any) -> Any:
         return jax.device_put(leaf, NamedSharding(MESH, spec if leaf.ndim and leaf.shape[0] % 8 == 0 else P()))
 
     params, state = mlp()
@@ -275,7 +277,7 @@ def test_params_on_a_mesh(spec):
     assert carry.opt_state[0].mu["Dense_1"]["kernel"].sharding.spec == spec
 
 
-def test_what_the_loop_by_hand_does_on_a_mesh():
+def test_what_the_loop_by_hand_does_on_a_mesh() -> None:
     """The reason for `init_carry` and `like`: without them, the usual loop compiles twice there."""
     params, state = jax.device_put(mlp(), NamedSharding(MESH, P()))
     batch = jax.device_put(BATCH, NamedSharding(MESH, P("data")))
@@ -290,7 +292,7 @@ def test_what_the_loop_by_hand_does_on_a_mesh():
 STACKED = jax.tree.map(lambda leaf: jnp.stack([leaf] * STEPS), BATCH)
 
 
-def test_a_scan_and_an_average_and_microbatches():
+def test_a_scan_and_an_average_and_microbatches() -> None:
     params, state = mlp()
     carry = fs.init_carry(params, state | {"ema": params}, TX)
     step = fs.with_ema(fs.with_optimizer(train_mlp, TX, microbatches=4), decay=0.9)
@@ -305,12 +307,12 @@ def test_a_scan_and_an_average_and_microbatches():
 # What keeps the carry apart from others', and small
 
 
-def buffers(tree):
+def buffers(tree: Any) -> Any:
     """Where every leaf lies in memory."""
     return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)]
 
 
-def test_an_average_never_aliases_the_params():
+def test_an_average_never_aliases_the_params() -> None:
     params, state = mlp()
     carry = fs.init_carry(params, state | {"ema": params}, TX)
     step = fs.jit_step(fs.with_ema(fs.with_optimizer(train_mlp, TX), decay=0.9))
@@ -321,10 +323,10 @@ def test_an_average_never_aliases_the_params():
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), carry.params, carry.state["ema"])))
 
 
-def test_memory_grows_with_the_microbatch():
+def test_memory_grows_with_the_microbatch() -> None:
     width, size = 256, 4096
 
-    def loss_fn(params, state, x):
+    def loss_fn(params: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
         for _ in range(3):
             x = jnp.tanh(x @ params["w"])
         return x.mean(), state
@@ -332,9 +334,10 @@ def test_memory_grows_with_the_microbatch():
     tx = optax.sgd(0.1)
     carry, batch = fs.init_carry({"w": jnp.ones((width, width))}, {}, tx), jnp.ones((size, width))
 
-    def temporary(microbatches, batch):
+    def temporary(microbatches: int, batch: jax.Array) -> Any:
         step = fs.jit_step(fs.with_optimizer(loss_fn, tx, microbatches=microbatches))
-        return step.lower(carry, batch).compile().memory_analysis().temp_size_in_bytes
+        compiled: Any = step.lower(carry, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
 
     whole, parts, small = temporary(1, batch), temporary(16, batch), temporary(1, batch[: size // 16])
     accumulator = width * width * 4
@@ -345,17 +348,17 @@ def test_memory_grows_with_the_microbatch():
 # compile_log, and what assert_max_traces counts
 
 
-def new_function(name="doubled"):
+def new_function(name: str = "doubled") -> Any:
     """A function that JAX has not seen: its caches go by identity."""
 
-    def doubled(x):
+    def doubled(x: jax.Array) -> Any:
         return 2 * x
 
     doubled.__name__ = name
     return doubled
 
 
-def test_a_log_of_nothing():
+def test_a_log_of_nothing() -> None:
     jitted, x = jax.jit(new_function()), jnp.ones(3)
     jitted(x)
     with fs.compile_log() as log:
@@ -365,7 +368,7 @@ def test_a_log_of_nothing():
     assert str(log) == "traces   seconds compiles    seconds  function"
 
 
-def test_logs_nest():
+def test_logs_nest() -> None:
     x = jnp.ones(3)
     with fs.compile_log() as outer:
         jax.jit(new_function("first"))(x)
@@ -379,7 +382,7 @@ def test_logs_nest():
     assert str(inner).splitlines()[1].split()[0::2] == ["1", "1", "second"]
 
 
-def test_a_log_is_closed_by_an_exception_too():
+def test_a_log_is_closed_by_an_exception_too() -> None:
     x = jnp.ones(3)
     with pytest.raises(ZeroDivisionError), fs.compile_log() as log:
         raise ZeroDivisionError
@@ -388,10 +391,10 @@ def test_a_log_is_closed_by_an_exception_too():
     assert not log.compiles
 
 
-def test_a_log_counts_every_thread():
+def test_a_log_counts_every_thread() -> None:
     x, barrier = jnp.ones(3), threading.Barrier(4)
 
-    def work(name):
+    def work(name: str) -> None:
         barrier.wait()
         jax.jit(new_function(name))(x)
 
@@ -405,7 +408,7 @@ def test_a_log_counts_every_thread():
     assert log.compiles == log.traces == dict.fromkeys(names, 1)
 
 
-def test_more_traces_are_allowed_where_they_are_meant():
+def test_more_traces_are_allowed_where_they_are_meant() -> None:
     jitted = jax.jit(fs.assert_max_traces(new_function(), 2))
     jitted(jnp.ones(3))
     jitted(jnp.ones(4))

@@ -1,5 +1,7 @@
 """`vmap_stateful` beside the batched model (its law is in test_laws): axes, keys, ensembles, nesting."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,18 +10,18 @@ import pytest
 
 import flaxsplit as fs
 
-from .models import MLP, Dropping, X
+from .models import MLP, Dropping, X, structure
 
 KEY = jax.random.key(0)
 
 
-def dropping(order):
+def dropping(order: str) -> Any:
     """Stacks rngs and vmap in either order."""
     apply = fs.with_mutable(Dropping())
     return fs.with_rngs(fs.vmap_stateful(apply)) if order == "outside" else fs.vmap_stateful(fs.with_rngs(apply))
 
 
-def start(key=KEY):
+def start(key: jax.Array = KEY) -> tuple[Any, Any]:
     """Params and state of `Dropping`, with a dropout stream."""
     params, state = fs.split_params(Dropping().init(KEY, X[0], train=False))
     return params, state | fs.rng_state(dropout=key)
@@ -27,7 +29,7 @@ def start(key=KEY):
 
 @pytest.mark.parametrize("order", ["outside", "inside"])
 @pytest.mark.parametrize("key", [jax.random.key(3), jax.random.PRNGKey(3)], ids=["typed", "legacy"])
-def test_dropout_differs_per_example_and_per_step_and_is_reproducible(order, key):
+def test_dropout_differs_per_example_and_per_step_and_is_reproducible(order: str, key: jax.Array) -> None:
     apply = dropping(order)
     params, state = start(key)
     same = jnp.tile(X[:1], (32, 1))  # equal examples: whatever differs, differs by its mask
@@ -53,27 +55,27 @@ def test_dropout_differs_per_example_and_per_step_and_is_reproducible(order, key
     assert state_1["rngs"]["dropout"].shape == key.shape
 
 
-def test_both_orders_of_rngs_and_vmap_have_one_law():
+def test_both_orders_of_rngs_and_vmap_have_one_law() -> None:
     params, state = start()
     for apply in (dropping("outside"), dropping("inside")):
-        assert jax.tree.structure(apply(params, state, X)[1]) == jax.tree.structure(state)
+        assert structure(apply(params, state, X)[1]) == structure(state)
 
 
-def test_keys_that_nothing_draws_from_pass_through():
+def test_keys_that_nothing_draws_from_pass_through() -> None:
     params, state = start()
     _, new_state = fs.vmap_stateful(fs.with_mutable(Dropping(), mutable=False))(params, state, X, train=False)
     assert new_state["rngs"]["dropout"] is state["rngs"]["dropout"]
 
 
 @pytest.mark.parametrize("split", [False, {"dropout": False}])
-def test_keys_may_be_shared(split):
+def test_keys_may_be_shared(split: Any) -> None:
     params, state = start()
     apply = fs.with_rngs(fs.vmap_stateful(fs.with_mutable(Dropping()), split_rngs=split))
     out, _ = apply(params, state, jnp.tile(X[:1], (32, 1)))
     assert len(np.unique(np.asarray(out), axis=0)) == 1
 
 
-def test_an_ensemble_has_params_and_state_per_member():
+def test_an_ensemble_has_params_and_state_per_member() -> None:
     model = MLP(axis_name=None)
     variables = jax.vmap(lambda key: model.init(key, X))(jax.random.split(KEY, 4))
     params, state = fs.split_params(variables)
@@ -83,8 +85,8 @@ def test_an_ensemble_has_params_and_state_per_member():
     out, new_state = apply(params, state, X, train=True)
     assert out.shape == (4, 32, 1)
     for i in range(4):
-        one = jax.tree.map(lambda leaf, i=i: leaf[i], (params, state))
-        expected, expected_state = fs.with_mutable(model)(*one, X, train=True)
+        one_params, one_state = jax.tree.map(lambda leaf, i=i: leaf[i], (params, state))
+        expected, expected_state = fs.with_mutable(model)(one_params, one_state, X, train=True)
         np.testing.assert_allclose(out[i], expected, rtol=1e-5, atol=1e-6)
         jax.tree.map(
             lambda new, old, i=i: np.testing.assert_allclose(new[i], old, rtol=1e-5, atol=1e-6),
@@ -93,8 +95,8 @@ def test_an_ensemble_has_params_and_state_per_member():
         )
 
 
-def test_axes_of_arguments_and_outputs():
-    def fn(params, state, x, y):
+def test_axes_of_arguments_and_outputs() -> None:
+    def fn(params: Any, state: Any, x: jax.Array, y: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
         return (x + y, x * params["w"]), state
 
     params = {"w": jnp.float32(2)}
@@ -111,7 +113,7 @@ def test_axes_of_arguments_and_outputs():
     np.testing.assert_array_equal(out, jnp.arange(5))
 
 
-def test_two_axes_with_two_names():
+def test_two_axes_with_two_names() -> None:
     model = nn.BatchNorm(use_running_average=False, axis_name=("outer", "inner"))
     x = jax.random.normal(KEY, (4, 8, 3))
     params, state = fs.split_params(nn.BatchNorm(use_running_average=False).init(KEY, x[0, 0]))
@@ -123,8 +125,8 @@ def test_two_axes_with_two_names():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), new_state, expected_state)
 
 
-def test_keyword_arguments_are_not_mapped():
-    def fn(params, state, x, *, table):
+def test_keyword_arguments_are_not_mapped() -> None:
+    def fn(params: Any, state: Any, x: jax.Array, *, table: Any) -> tuple[jax.Array, Any]:
         return table[x], state
 
     out, _ = fs.vmap_stateful(fn)({}, {}, jnp.array([0, 2]), table=jnp.arange(3) * 10)

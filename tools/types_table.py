@@ -272,6 +272,16 @@ goes away once that library is read as `Any`. "Others" are what is left with the
 nothing is switched off.
 
 {false}
+
+## What stays
+
+- `with_optimizer(loss_fn, tx, has_aux=flag)`, where `flag` is no literal: an overload for `bool` would take `True` as
+  well, and with it a loss without aux. Two calls say it: `with_optimizer(..., has_aux=True) if flag else ...`.
+- `with_optimizer(lambda params, state, batch: ..., tx)` that takes its batch apart (`batch[0]`): nothing says what it
+  is, so both checkers read it as `object`. A `def` with an annotation says it.
+- `init_carry(*halves, tx)`, where `halves` is `Any`: the checkers let `*halves` fill every parameter, and find `tx` to
+  be one too many. `params, state = halves` comes first.
+- `vmap_stateful(lambda ...)`: to mypy a lambda is an untyped function, and so is what comes out, where it is called.
 """
 
 

@@ -57,9 +57,10 @@ class MLP(nn.Module):
 
 
 def ensemble(key: jax.Array, x: jax.Array, members: int) -> jax.Array:
+    axes = {"params": 0}
     many = nn.vmap(
         MLP,
-        variable_axes={"params": 0},
+        variable_axes=axes,
         split_rngs={"params": True},
         in_axes=None,
         out_axes=0,

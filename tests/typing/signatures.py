@@ -39,6 +39,16 @@ assert_type(fs.with_mutable(model.apply)(params, state, x)[0], Any)
 assert_type(fs.with_mutable(functools.partial(model.apply, train=True))(params, state, x)[0], Any)
 
 
+def plain(variables: dict[str, Any], x: Array, train: bool = False, mutable: Any = False) -> Any:
+    return model.apply(variables, x, train, mutable=mutable)
+
+
+assert_type(fs.with_mutable(plain)(params, state, x, train=True), tuple[Any, dict[str, Any]])
+assert_type(fs.with_mutable(jax.jit(model.apply))(params, state, x)[0], Any)
+fs.with_mutable(plain, mutable=3)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+fs.with_mutable(3)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
 class Net(nnx.Module):
     """The same in NNX."""
 
@@ -57,6 +67,10 @@ net = Net()
 fn, net_params, net_state = fs.from_nnx(net, trainable=nnx.All(nnx.Param, nnx.PathContains("head")))
 assert_type(fn(net_params, net_state, x, scale=2.0), tuple[Array, dict[str, Any]])
 assert_type(net_params, dict[str, Any])
+anything: Any = net
+of_anything, _, _ = fs.from_nnx(anything)
+assert_type(of_anything(net_params, net_state, x, whatever=x), tuple[Any, dict[str, Any]])
+assert_type(fs.with_mutable(anything)(params, state, x, whatever=x), tuple[Any, dict[str, Any]])
 assert_type(fs.from_nnx(net, trainable=nnx.LoRAParam)[2], dict[str, Any])
 assert_type(fs.from_nnx(net, trainable=["head/*", nnx.Param])[0](net_params, net_state, x)[0], Array)
 assert_type(fs.from_nnx(net, trainable=lambda path, variable: path[0] == "head")[0](net_params, net_state, x)[0], Array)

@@ -82,6 +82,33 @@ def steps_with_aux() -> None:
     fs.with_optimizer(of_features, tx, True)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
 
 
+def untyped(params: Tree, state: Tree, batch: Array) -> Any:
+    return (batch, state) if batch.ndim else ((batch, 1), state)
+
+
+def has_aux_that_is_no_literal(flag: bool) -> None:
+    """Only a loss function of which nothing is known fits both values; mypy tries no value by itself."""
+    either = fs.with_optimizer(untyped, tx, has_aux=True) if flag else fs.with_optimizer(untyped, tx)
+    assert_type(either(carry, x), tuple[fs.Carry, tuple[Array, Any]] | tuple[fs.Carry, Array])
+    fs.with_optimizer(untyped, tx, has_aux=flag)  # type: ignore[call-overload]
+    fs.with_optimizer(of_pair, tx, has_aux=flag)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    fs.with_optimizer(of_features, tx, has_aux=flag)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def lambdas() -> None:
+    """Nothing says what the batch is: it may be passed on, but not taken apart."""
+    step = fs.with_optimizer(lambda params, state, batch: (optax.l2_loss(params["w"] * batch).mean(), state), tx)
+    assert_type(step(carry, x)[1], Array)
+    aux = fs.with_optimizer(lambda params, state, batch: ((params["w"].mean(), 1), state), tx, has_aux=True)
+    assert_type(aux(carry, x)[1], tuple[Array, int])
+    assert_type(fs.jit_step(fs.scan_steps(fs.with_ema(step, decay=0.9)))(carry, x), tuple[fs.Carry, Array])
+    fs.jit_step(lambda carry, batch: (carry + batch, None))(x, x)
+    mapped = fs.vmap_stateful(lambda params, state, x: (x, state))
+    mapped(params, state, x)  # type: ignore[no-untyped-call]
+    fs.with_optimizer(lambda params, state, batch: (batch[0].mean(), state), tx)  # type: ignore[index]  # pyright: ignore[reportIndexIssue]
+    fs.with_optimizer(lambda params, state: (params["w"].mean(), state), tx)  # type: ignore[misc, arg-type]  # pyright: ignore[reportArgumentType]
+
+
 def four_around_a_step() -> None:
     step = fs.jit_step(fs.assert_max_traces(fs.scan_steps(fs.with_ema(fs.with_optimizer(of_pair, tx), decay=0.9))))
     assert_type(step(carry, Pair(x, x)), tuple[fs.Carry, Array])
@@ -110,7 +137,10 @@ def carries() -> None:
     apply(updated, {**state, "cache": {}}, x)
     apply(FrozenDict(params), FrozenDict(state), x)
     assert_type(carry._replace(params=updated), fs.Carry)
+    placed: Any = jax.device_put((params, state))
+    fs.init_carry(*placed, tx)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     assert_type(carry.step + 1, Array)
+    assert_type(carry.opt_state[0].mu, Any)
     fs.init_carry(params, tx, state)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     fs.init_carry(params, state, optax.adam)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     fs.init_carry(params, state)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

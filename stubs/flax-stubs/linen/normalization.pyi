@@ -23,7 +23,7 @@ class BatchNorm(Module):
     use_scale: bool = True
     bias_init: Initializer = ...
     scale_init: Initializer = ...
-    axis_name: str | None = None
+    axis_name: str | tuple[str, ...] | None = None
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
@@ -41,7 +41,7 @@ class LayerNorm(Module):
     scale_init: Initializer = ...
     reduction_axes: Axes = -1
     feature_axes: Axes = -1
-    axis_name: str | None = None
+    axis_name: str | tuple[str, ...] | None = None
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
@@ -55,7 +55,7 @@ class RMSNorm(Module):
     scale_init: Initializer = ...
     reduction_axes: Axes = -1
     feature_axes: Axes = -1
-    axis_name: str | None = None
+    axis_name: str | tuple[str, ...] | None = None
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
@@ -72,7 +72,7 @@ class GroupNorm(Module):
     bias_init: Initializer = ...
     scale_init: Initializer = ...
     reduction_axes: Axes | None = None
-    axis_name: str | None = None
+    axis_name: str | tuple[str, ...] | None = None
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
@@ -87,7 +87,7 @@ class InstanceNorm(Module):
     bias_init: Initializer = ...
     scale_init: Initializer = ...
     feature_axes: Axes = -1
-    axis_name: str | None = None
+    axis_name: str | tuple[str, ...] | None = None
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True

@@ -17,6 +17,9 @@ _R = TypeVar("_R")
 _A = TypeVar("_A")
 _CallableT = TypeVar("_CallableT", bound=Callable[..., Any])
 
+# A mapping is invariant in its keys: a variable of type `dict[str, int]` is no `Mapping[CollectionFilter, int]`.
+_By: TypeAlias = Mapping[_R, _A] | Mapping[str, _A]
+
 # By method: how to transform each, where a class has several.
 _Methods: TypeAlias = Iterable[str] | Mapping[str, Any] | None
 
@@ -87,8 +90,8 @@ def lift_direct_transform(
 ) -> Any: ...
 def vmap(
     target: Target,
-    variable_axes: Mapping[CollectionFilter, InOutAxis] = ...,
-    split_rngs: Mapping[PRNGSequenceFilter, bool] = ...,
+    variable_axes: _By[CollectionFilter, InOutAxis] = ...,
+    split_rngs: _By[PRNGSequenceFilter, bool] = ...,
     in_axes: Any = 0,
     out_axes: Any = 0,
     axis_size: int | None = None,
@@ -127,15 +130,15 @@ def remat_scan(
     policy: Callable[..., bool] | None = None,
     variable_broadcast: CollectionFilter = False,
     variable_carry: CollectionFilter = False,
-    variable_axes: Mapping[CollectionFilter, InOutScanAxis] = ...,
-    split_rngs: Mapping[PRNGSequenceFilter, bool] = ...,
+    variable_axes: _By[CollectionFilter, InOutScanAxis] = ...,
+    split_rngs: _By[PRNGSequenceFilter, bool] = ...,
 ) -> Target: ...
 def scan(
     target: Target,
-    variable_axes: Mapping[CollectionFilter, InOutScanAxis] = ...,
+    variable_axes: _By[CollectionFilter, InOutScanAxis] = ...,
     variable_broadcast: CollectionFilter = False,
     variable_carry: CollectionFilter = False,
-    split_rngs: Mapping[PRNGSequenceFilter, bool] = ...,
+    split_rngs: _By[PRNGSequenceFilter, bool] = ...,
     in_axes: Any = 0,
     out_axes: Any = 0,
     length: int | None = None,
@@ -240,7 +243,7 @@ def while_loop(
     init: C,
     carry_variables: CollectionFilter = False,
     broadcast_variables: CollectionFilter = True,
-    split_rngs: Mapping[PRNGSequenceFilter, bool] = ...,
+    split_rngs: _By[PRNGSequenceFilter, bool] = ...,
 ) -> C: ...
 def cond(
     pred: Any,
@@ -269,7 +272,7 @@ def custom_vjp(
 def named_call(class_fn: _CallableT, force: bool = True) -> _CallableT: ...
 def add_metadata_axis(
     target: Target,
-    variable_axes: Mapping[CollectionFilter, InOutAxis] = ...,
+    variable_axes: _By[CollectionFilter, InOutAxis] = ...,
     metadata_params: dict[Any, Any] = ...,
 ) -> Target: ...
 def fold_rngs(
