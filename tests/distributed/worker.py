@@ -3,6 +3,7 @@
 Every optimizer and every model of the core tests, on a mesh over all processes, against the step on one device.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -25,9 +26,13 @@ from tests.test_traces import MODELS, loss_of  # noqa: E402
 ROWS = NamedSharding(mesh.LINE, P("data"))
 
 
+def is_key(leaf: jax.Array) -> bool:
+    """Whether it is one of PRNG keys."""
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
 def whole(tree: Any) -> Any:
     """A tree that lies over all processes, as NumPy; keys as their data."""
-    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
     plain = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
     return multihost_utils.process_allgather(plain, tiled=True)
 
@@ -60,7 +65,6 @@ def compare(name: str, step: Callable[..., Any], start: Callable[[], fs.Carry], 
 
 def whole_here(tree: Any) -> Any:
     """A tree of this process alone, as NumPy; keys as their data."""
-    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
     return jax.tree.map(lambda leaf: np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf), tree)
 
 
@@ -81,7 +85,7 @@ def main() -> None:
     assert mesh.LINE.size == len(jax.devices()) == 8
     assert len(jax.local_devices()) < 8
     for name, tx in some.OPTIMIZERS.items():
-        compare(name, mesh.dropping_step(tx), lambda tx=tx: mesh.dropping_carry(tx), mesh.BATCH)  # type: ignore[misc]
+        compare(name, mesh.dropping_step(tx), functools.partial(mesh.dropping_carry, tx), mesh.BATCH)
     for name in MODELS:
         compare(name, *start_of(name), mesh.BATCH)
     adam = some.OPTIMIZERS["adam"]
