@@ -25,6 +25,7 @@ from ._describe import (
     strong,
 )
 from ._errors import CollectionError, SignatureError, StateDriftError
+from ._place import placed
 from ._types import AnyParams, Carry, Tree
 
 T = TypeVar("T")
@@ -94,8 +95,9 @@ def _placed(carry: Carry) -> Carry:
 
 
 def _put(carry: Carry, where: Callable[[jax.Array], Any]) -> Carry:
-    placed: Carry = jax.tree.map(lambda leaf: jax.device_put(leaf, where(leaf)), carry)
-    return placed
+    leaves = {path: (leaf, where(leaf)) for path, leaf in keyed_leaves(carry, "carry").items()}
+    put: Carry = jax.tree.unflatten(jax.tree.structure(carry), placed("init_carry(params, state, tx)", leaves))
+    return put
 
 
 def _check_one(placements: Mapping[str, Any]) -> None:
@@ -154,7 +156,7 @@ def adopt_carry(restored: Any, like: T) -> T:
             "adopt_carry(restored, init_carry(params, state, tx))",
         )
     wanted, treedef = jax.tree_util.tree_flatten_with_path(like)
-    found, wrong, used = [], [], set()
+    found, wrong, used = {}, [], set()
     for path, leaf in wanted:
         name = "carry" + jax.tree_util.keystr(path)
         value = _walk(restored, path)
@@ -167,7 +169,7 @@ def adopt_carry(restored: Any, like: T) -> T:
         elif _type_of(value) != _type_of(leaf):
             wrong.append(Difference(name, describe(leaf), describe(strong(value) if not is_array(value) else value)))
         else:
-            found.append((value, leaf))
+            found[name] = (value, leaf)
     left = [path for path, _ in jax.tree_util.tree_flatten_with_path(restored)[0] if _plain_path(path) not in used]
     wrong += [Difference("carry" + jax.tree_util.keystr(path), "absent", "in the checkpoint") for path in left]
     if wrong:
@@ -178,7 +180,7 @@ def adopt_carry(restored: Any, like: T) -> T:
             "the checkpoint is of another model or optimizer",
             "adopt_carry(restored, init_carry(params, state, tx)) with the model and tx that were saved",
         )
-    adopted: T = jax.tree.unflatten(treedef, [_like(value, leaf) for value, leaf in found])
+    adopted: T = jax.tree.unflatten(treedef, _alike(found))
     return adopted
 
 
@@ -230,11 +232,16 @@ def _type_of(leaf: Any) -> Any:
     return tuple(array.shape), array.dtype
 
 
-def _like(value: Any, leaf: Any) -> Any:
-    array = jnp.array(value, dtype=leaf.dtype, copy=True)
-    if getattr(leaf, "sharding", None) is None or not getattr(leaf, "committed", True):
-        return array
-    return jax.device_put(array, leaf.sharding)
+def _alike(found: Mapping[str, tuple[Any, Any]]) -> list[jax.Array]:
+    """Copies each value, and puts the copy where the leaf that it is to be like lives."""
+    copies = {path: jnp.array(value, dtype=leaf.dtype, copy=True) for path, (value, leaf) in found.items()}
+    goals = {path: leaf.sharding for path, (_, leaf) in found.items() if _is_placed(leaf)}
+    put = placed("adopt_carry(restored, like)", {path: (copies[path], goal) for path, goal in goals.items()})
+    return list((copies | dict(zip(goals, put, strict=True))).values())
+
+
+def _is_placed(leaf: Any) -> bool:
+    return getattr(leaf, "sharding", None) is not None and getattr(leaf, "committed", True)
 
 
 def check_drift(where: str, name: str, before: Any, after: Any) -> Any:

@@ -80,7 +80,7 @@ def test_every_public_docstring_has_an_example_and_what_comes_out(name: str) -> 
 
 def test_modules_import_only_from_those_before_them() -> None:
     order = ["_types", "_describe", "_errors", "_checks", "_filters", "_split", "_mutable", "_rngs", "_vmap", "_settle"]
-    order += ["_carry", "_step", "_traces", "_nnx"]
+    order += ["_place", "_carry", "_step", "_traces", "_nnx"]
     assert sorted(p.stem for p in PACKAGE.glob("_*.py") if p.stem != "__init__") == sorted(order)
     for i, name in enumerate(order):
         tree = ast.parse((PACKAGE / f"{name}.py").read_text())
