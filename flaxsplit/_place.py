@@ -50,7 +50,8 @@ def _check_equal(where: str, leaves: Mapping[str, jax.Array]) -> None:
     """Compares checksums over all processes, so that all of them raise, and none waits for one that did."""
     if not leaves:
         return
-    gathered: Any = multihost_utils.process_allgather(np.array([_checksum(leaf) for leaf in leaves.values()], np.uint32))
+    ours = np.array([_checksum(leaf) for leaf in leaves.values()], np.uint32)
+    gathered: Any = multihost_utils.process_allgather(ours)
     differ = (gathered != gathered[0]).any(axis=0)
     strange = [f"{path}: {describe(leaf)}" for (path, leaf), each in zip(leaves.items(), differ, strict=True) if each]
     if strange:

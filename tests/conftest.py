@@ -25,4 +25,4 @@ settings.register_profile("deep", settings.get_profile("default"), max_examples=
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # Read by type checkers (`make types`), not run: half of it is there to be rejected. And a process of its own.
-collect_ignore = ["typing", "distributed/worker.py"]
+collect_ignore = ["typing", "distributed/law_worker.py"]

@@ -24,10 +24,9 @@ jax.distributed.initialize(f"127.0.0.1:{PORT}", COUNT, RANK, coordinator_bind_ad
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import flaxsplit as fs  # noqa: E402
-
-from .. import test_mesh as mesh_tests  # noqa: E402
-from ..strategies import OPTIMIZERS  # noqa: E402
-from ..test_traces import MODELS, loss_of  # noqa: E402
+from tests import test_mesh as mesh_tests  # noqa: E402
+from tests.strategies import OPTIMIZERS  # noqa: E402
+from tests.test_traces import MODELS, loss_of  # noqa: E402
 
 CHECKED, STEPS = 4, 20
 LINE, GRID, PLACES, on = mesh_tests.LINE, mesh_tests.GRID, mesh_tests.PLACES, mesh_tests.on
@@ -69,13 +68,17 @@ def wrong(sharded: Any, single: Any, tolerance: float) -> list[str]:
     for name, ours, theirs in zip(names, jax.tree.leaves(sharded), jax.tree.leaves(single), strict=True):
         whole = np.asarray(numbers(theirs))
         rounding = tolerance if np.issubdtype(whole.dtype, np.floating) else 0.0
-        for shard in numbers(ours).addressable_shards:
-            if not np.allclose(np.asarray(shard.data), whole[shard.index], rtol=rounding, atol=rounding):
-                found.append(f"{name} on device {shard.device.id}")
+        found += [
+            f"{name} on device {shard.device.id}"
+            for shard in numbers(ours).addressable_shards
+            if not np.allclose(np.asarray(shard.data), whole[shard.index], rtol=rounding, atol=rounding)
+        ]
     return found
 
 
-def held(step: Any, single: Any, sharded: Any, batch: Any, parts: Any, tolerance: float, alone: Any = None) -> list[str]:
+def held(
+    step: Any, single: Any, sharded: Any, batch: Any, parts: Any, tolerance: float, alone: Any = None
+) -> list[str]:
     """Takes both carries through the steps and lists what does not hold."""
     assert not sharded.step.sharding.is_fully_addressable
     placement = mesh_tests.placement(sharded)
@@ -146,7 +149,8 @@ def of_init_carry() -> list[str]:
     carry = fs.init_carry(params, single.state, TX)
     moments = (carry.opt_state[0].mu, carry.opt_state[0].nu)
     expected = single._replace(params=mesh_tests.by_shape(LINE, single.params))
-    found = [] if all(map(lambda tree: mesh_tests.placement(tree) == mesh_tests.placement(params), moments)) else ["mu"]
+    follow = all(mesh_tests.placement(tree) == mesh_tests.placement(params) for tree in moments)
+    found = [] if follow else ["the moments do not follow their params"]
     others = {leaf.sharding for leaf in jax.tree.leaves((carry.step, carry.state, carry.opt_state[0].count))}
     assert jax.tree.structure(expected) == jax.tree.structure(carry)
     return found + ([] if others == {on(LINE)} else [f"{others}"]) + wrong(carry, single, 0)

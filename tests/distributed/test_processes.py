@@ -1,87 +1,49 @@
 """Several real processes over loopback: law 8, a checkpoint onto another mesh, and a process that is killed."""
 
-import contextlib
 import os
 import pathlib
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from typing import Any
 
 import numpy as np
 import pytest
 
+from flaxsplit import _checks
 from tests import strategies as some
+from tests.test_mesh import PLACES
 from tests.test_traces import MODELS
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+from .processes import ended_well, free_port, running
+
 STEPS = 24
+pytestmark = pytest.mark.skipif(
+    bool(_checks.TYPECHECKER), reason="takes minutes, and what it calls is checked elsewhere"
+)
 
 
-def free_address() -> str:
-    """An address on this machine that nobody listens to."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+def test_law_8_in_two_processes(tmp_path: pathlib.Path) -> None:
+    port = str(free_port())
+    commands = [["-m", "tests.distributed.law_worker", port, "2", str(rank)] for rank in range(2)]
+    with running(commands, tmp_path, devices=4) as started:
+        for said in ended_well(started, timeout=900):
+            found = re.findall(r"^(ok|wrong) (.*?)(?:,.*)?$", said, re.MULTILINE)
+            assert {verdict for verdict, _ in found} == {"ok"}, said
+            cases = " ".join(name for _, name in found)
+            assert all(name in cases for name in [*some.OPTIMIZERS, *MODELS, *PLACES, "microbatches", "scan"]), said
 
 
-def environment(devices: int) -> dict[str, str]:
-    """As this process, with that many virtual devices."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-    return os.environ | flags | {"PYTHONPATH": os.pathsep.join(filter(None, [*sys.path]))}
-
-
-def start(*command: str, devices: int) -> "subprocess.Popen[str]":
-    """A process in a group of its own, so that whatever it starts can be ended with it."""
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment(devices),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def ended(process: "subprocess.Popen[str]", code: int = 0, timeout: float = 300) -> str:
-    """What a process said, once it ended as it should; it and its children are gone afterwards."""
-    try:
-        said, _ = process.communicate(timeout=timeout)
-    finally:
-        kill_group(process)
-    assert (process.returncode == 0) == (code == 0), said
-    return said
-
-
-def kill_group(process: "subprocess.Popen[str]") -> None:
-    """Ends whatever is left of it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def test_law_8_in_two_processes() -> None:
-    address = free_address()
-    workers = [start("-m", "tests.distributed.worker", address, "2", str(rank), devices=4) for rank in range(2)]
-    try:
-        said, other = (ended(worker, timeout=600) for worker in workers)
-    finally:
-        for worker in workers:
-            kill_group(worker)
-            worker.communicate()
-    equal = re.findall(r"^equal (\S+)$", said, re.MULTILINE)
-    assert equal == [*some.OPTIMIZERS, *MODELS, "microbatches"]
-    assert "done" in other
-
-
-def train(folder: pathlib.Path, processes: int, devices: int, steps: int) -> "subprocess.Popen[str]":
-    """The example."""
+def train(folder: pathlib.Path, processes: int, devices: int, steps: int) -> list[str]:
+    """The words of the command that runs the example."""
     options = {"--folder": folder, "--processes": processes, "--devices": devices, "--steps": steps, "--timeout": 10}
-    words = [str(word) for option in options.items() for word in option]
-    return start("examples/processes.py", *words, devices=devices)
+    return ["examples/processes.py", *(str(word) for option in options.items() for word in option)]
+
+
+def trained(folder: pathlib.Path, processes: int, devices: int, steps: int) -> str:
+    """What the example printed, once it ended well."""
+    with running([train(folder, processes, devices, steps)], folder / f"to {steps}", devices) as started:
+        return ended_well(started, timeout=300)[0]
 
 
 def leaves(folder: pathlib.Path) -> dict[str, Any]:
@@ -94,8 +56,7 @@ def leaves(folder: pathlib.Path) -> dict[str, Any]:
 def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The last carry of two processes that were left in peace."""
     folder = tmp_path_factory.mktemp("never_stopped")
-    said = ended(train(folder, 2, 2, STEPS))
-    assert said.count("done: 1 trace, 1 compile") == 2
+    assert trained(folder, 2, 2, STEPS).count("done: 1 trace, 1 compile") == 2
     end = leaves(folder)
     assert any("dropout" in name for name in end)
     assert any("ema" in name for name in end)
@@ -106,8 +67,8 @@ def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_checkpoint_goes_on_with_other_processes_and_another_mesh(
     processes: int, devices: int, never_stopped: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
-    ended(train(tmp_path, 2, 2, STEPS // 2))
-    said = ended(train(tmp_path, processes, devices, STEPS))
+    trained(tmp_path, 2, 2, STEPS // 2)
+    said = trained(tmp_path, processes, devices, STEPS)
     assert said.count(f"from {STEPS // 2} on {processes * devices} devices of {processes} processes") == processes
     assert said.count("done: 1 trace, 1 compile") == processes
     end = leaves(tmp_path)
@@ -119,25 +80,20 @@ def test_a_checkpoint_goes_on_with_other_processes_and_another_mesh(
 def test_a_killed_process_ends_the_others_and_the_run_resumes_bit_for_bit(
     never_stopped: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
-    process = train(tmp_path, 2, 2, 10_000)
-    said = ""
-    assert process.stdout
-    for line in process.stdout:
-        said += line
-        if re.search(r"^\[1\] step 4 ", line):
-            break
-    victim = re.search(r"^\[1\] process (\d+)", said, re.MULTILINE)
-    assert victim, said
-    began = time.monotonic()
-    os.kill(int(victim[1]), signal.SIGKILL)
-    said = ended(process, code=1, timeout=120)
-    assert time.monotonic() - began < 60  # the time-out of ten seconds, and a slow machine
-    codes = re.search(r"a process failed \(exit codes \[(-?\d+), (-?\d+)\]\)", said)
-    assert codes, said
-    assert codes[2] == str(-signal.SIGKILL)
-    assert codes[1] not in ("0", str(-signal.SIGKILL))  # it ended by itself, with an error
+    with running([train(tmp_path, 2, 2, 10_000)], tmp_path / "killed", devices=2) as (started,):
+        started.until("[1] step 4 ", timeout=120)
+        victim = re.search(r"^\[1\] process (\d+)", started.said, re.MULTILINE)
+        assert victim, started.said
+        began = time.monotonic()
+        os.kill(int(victim[1]), signal.SIGKILL)
+        assert started.end(timeout=120) == 1
+        assert time.monotonic() - began < 60  # the time-out of ten seconds, and a slow machine
+        codes = re.search(r"a process failed \(exit codes \[(-?\d+), (-?\d+)\]\)", started.said)
+        assert codes, started.said
+        assert codes[2] == str(-signal.SIGKILL)
+        assert codes[1] not in ("0", str(-signal.SIGKILL)), started.said  # it ended by itself, with an error
 
-    resumed = ended(train(tmp_path, 2, 2, STEPS))
+    resumed = trained(tmp_path, 2, 2, STEPS)
     first = int(re.findall(r"from (\d+) on 4 devices", resumed)[0])
     assert 3 <= first < STEPS
     for name, leaf in leaves(tmp_path).items():
