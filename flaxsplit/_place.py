@@ -35,13 +35,15 @@ def _spreads(leaf: jax.Array, sharding: Sharding) -> bool:
 
 def _is_all(sharding: Sharding) -> bool:
     """Whether every process has a part: only then do all of them come here, and can be compared."""
-    return len({device.process_index for device in sharding.device_set}) == jax.process_count()
+    devices: Any = sharding.device_set
+    return bool(len({device.process_index for device in devices}) == jax.process_count())
 
 
 def _spread(leaf: jax.Array, sharding: Sharding) -> jax.Array:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _spread(jax.random.key_data(leaf), sharding)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        keys: jax.Array = jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return keys
     whole = np.asarray(leaf)
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: whole[index])
 

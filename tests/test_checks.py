@@ -91,7 +91,7 @@ def errors_of(calls: dict[str, str], checker: str) -> Any:
 @pytest.mark.parametrize("checker", ["typeguard", "beartype"])
 def test_a_wrong_argument_to_every_public_function_is_rejected(checker: str) -> None:
     errors, rejected = errors_of(WRONG, checker)
-    assert rejected == sorted(WRONG)
+    assert rejected == sorted(WRONG.keys() - {"adopt_carry"})  # takes anything, and says itself what cannot be adopted
     ours = {"CollectionError", "SignatureError"}  # these come out where there is one: they name the leaf
     alone = {name: error for name, error in errors.items() if error not in ours}
     assert alone == dict.fromkeys(["init_carry", "jit_step", "with_optimizer"], "TypeCheckError")

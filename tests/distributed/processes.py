@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -24,7 +24,7 @@ class Running:
     """A process whose output goes to a file: a pipe that nobody reads would stop it."""
 
     def __init__(self, arguments: list[str], log: pathlib.Path, devices: int) -> None:
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
         self.log = log
         with log.open("w") as file:
@@ -54,7 +54,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(commands: list[list[str]], folder: pathlib.Path, devices: int) -> Iterator[list[Running]]:
+def running(commands: list[list[str]], folder: pathlib.Path, devices: int) -> Generator[list[Running]]:
     """One process for each command; killed in the end, also when stopped by SIGSTOP."""
     folder.mkdir(parents=True, exist_ok=True)
     started: list[Running] = []

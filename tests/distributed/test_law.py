@@ -1,0 +1,21 @@
+"""Law 8 in two real processes that speak over loopback: one pair of them goes through all cases."""
+
+import os
+import pathlib
+
+import pytest
+
+from .processes import ended_well, free_port, running
+
+CASES = 2 + 11 + 8 + 2
+
+
+@pytest.mark.skipif("FLAXSPLIT_TYPECHECKER" in os.environ, reason="signatures are checked where steps are traced alike")
+def test_every_optimizer_and_model_in_two_processes(tmp_path: pathlib.Path) -> None:
+    port, worker = str(free_port()), ["-m", "tests.distributed.law_worker"]
+    commands = [[*worker, port, "2", str(rank), str(tmp_path)] for rank in range(2)]
+    with running(commands, tmp_path, devices=4) as started:
+        for said in ended_well(started, timeout=900):
+            assert [line for line in said.splitlines() if line.startswith("wrong")] == []
+            assert said.count("\nok ") == CASES
+            assert f"all {CASES} cases" in said
