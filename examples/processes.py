@@ -118,7 +118,10 @@ def say(words: str) -> None:
 
 
 def join(address: str, count: int, rank: int, timeout: int) -> None:
-    """Meets the other processes. One that dies is noticed by the others after `timeout` seconds at most."""
+    """Meets the other processes. One that dies is noticed by the others after `timeout` seconds at most.
+
+    Before jax 0.7 the time-out could not be chosen: there the others wait, and `launch` ends them.
+    """
     if "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters:  # jax >= 0.7
         jax.distributed.initialize(address, count, rank, heartbeat_timeout_seconds=timeout)
     else:
@@ -126,7 +129,7 @@ def join(address: str, count: int, rank: int, timeout: int) -> None:
 
 
 def launch(options: argparse.Namespace) -> int:
-    """Starts the processes and waits; when one ends badly the rest have the time-out to end by themselves."""
+    """Starts the processes and waits; when one ends badly the rest have the time-out to end, and then are ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -137,11 +140,15 @@ def launch(options: argparse.Namespace) -> int:
     try:
         while all(worker.poll() is None for worker in workers):
             time.sleep(0.1)
-        patience = None if all(worker.poll() in (None, 0) for worker in workers) else options.timeout + 10
-        codes = [worker.wait(patience) for worker in workers]
+        failed = any(worker.poll() for worker in workers)
+        until = time.monotonic() + options.timeout + 10
+        while any(worker.poll() is None for worker in workers) and not (failed and time.monotonic() > until):
+            failed = failed or any(worker.poll() for worker in workers)
+            time.sleep(0.1)
     finally:
         for worker in workers:
             worker.kill()
+    codes = [worker.wait() for worker in workers]
     if any(codes):
         print(f"a process failed (exit codes {codes}); run it again to go on from the last checkpoint")
         return 1

@@ -7,6 +7,7 @@ import signal
 import time
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -77,7 +78,9 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_bit_for_bit(
         codes = re.search(r"a process failed \(exit codes \[(-?\d+), (-?\d+)\]\)", started.said)
         assert codes, started.said
         assert codes[2] == str(-signal.SIGKILL)
-        assert codes[1] not in ("0", str(-signal.SIGKILL)), started.said  # it ended by itself, with an error
+        assert codes[1] != "0", started.said
+        if jax.__version_info__ >= (0, 7):  # it ended by itself, with an error; before, the time-out cannot be chosen
+            assert codes[1] != str(-signal.SIGKILL), started.said
 
     resumed = trained(tmp_path, 2, 2, STEPS)
     first = int(re.findall(r"from (\d+) on 4 devices", resumed)[0])
