@@ -24,7 +24,7 @@ from ._describe import (
     same_structure,
     wraps,
 )
-from ._errors import CollectionError, SignatureError
+from ._errors import CollectionError, SignatureError, UnsyncedStateError
 from ._rngs import check_bound
 from ._types import AxisName, Carry, JittedStep, LossFn, Step
 
@@ -96,6 +96,7 @@ def with_optimizer(
         SignatureError: `loss_fn` returns something else, a param is not differentiable, the batch is indivisible, the
             carry was made for another optimizer, or `axis_name` is not bound.
         StateDriftError: state, params or opt_state would come out in another structure, shape or dtype.
+        UnsyncedStateError: under `shard_map` a state leaf would come out different per device of `axis_name`.
 
     As the update step of Flax's guide on managing params and state, in one word.
     """
@@ -115,7 +116,9 @@ def with_optimizer(
         def objective(_params: Any, _state: Any, _batch: Any) -> tuple[Any, Any]:
             _out, _new_state = _returned(loss_fn(_params, _state, _batch), has_aux)
             _loss, _aux = _out if has_aux else (_out, ())
-            return _loss, (_aux, check_drift("with_optimizer(loss_fn, tx)", "state", _state, _new_state))
+            _new_state = check_drift("with_optimizer(loss_fn, tx)", "state", _state, _new_state)
+            _check_synced(_state, _new_state, axis_name)
+            return _loss, (_aux, _new_state)
 
         def gradient(_state: Any, _batch: Any) -> tuple[Any, Any, Any]:
             (_loss, (_aux, _state)), _grads = jax.value_and_grad(objective, has_aux=True)(local, _state, _batch)
@@ -201,6 +204,24 @@ def _split_batch(batch: Any, count: int) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape(count, leaf.shape[0] // count, *leaf.shape[1:]), batch)
 
 
+def _check_synced(before: Any, after: Any, axis_name: AxisName | None) -> None:
+    """Names what came in the same on every device of a mesh axis and would come out different.
+
+    JAX says only that an `out_specs` is wrong, and advises `check_vma=False`: each device would keep its own, unseen.
+    """
+    names = {axis_name} if isinstance(axis_name, str) else set(axis_name or ())
+    old, new = keyed_leaves(before, "state"), keyed_leaves(after, "state")
+    strange = [f"{path}: differs per device" for path, leaf in new.items() if names & _marks(leaf) - _marks(old[path])]
+    if strange:
+        raise UnsyncedStateError(
+            "with_optimizer(axis_name=...)",
+            f"state must come out the same on every device of the axis {axis_name!r}",
+            strange,
+            "a layer that updates its state has no axis_name, or lacks this one",
+            f"nn.BatchNorm(..., axis_name={axis_name!r}); or jax.lax.pmean(leaf, {axis_name!r}) in loss_fn",
+        )
+
+
 def _varying(tree: Any, axis_name: AxisName | None) -> Any:
     """Marks a tree as each device's own; else `shard_map` sums its gradients, and a mean would come too late.
 
@@ -210,11 +231,17 @@ def _varying(tree: Any, axis_name: AxisName | None) -> Any:
     manual = getattr(jax.sharding.get_abstract_mesh(), "manual_axes", names)
 
     def mark(leaf: Any) -> Any:
-        marked = getattr(jax.typeof(leaf), "vma", ())
-        missing = tuple(name for name in names if name in manual and name not in marked)
+        missing = tuple(name for name in names if name in manual and name not in _marks(leaf))
         return _pcast(leaf, missing) if missing else leaf
 
     return jax.tree.map(mark, tree)
+
+
+def _marks(leaf: Any) -> frozenset[Any]:
+    """The mesh axes along which `shard_map` has a leaf vary, by the older or the newer name of JAX."""
+    kind: Any = jax.typeof(leaf)
+    marks: frozenset[Any] = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+    return marks
 
 
 def _pcast(leaf: Any, names: tuple[str, ...]) -> Any:
