@@ -1,14 +1,16 @@
-"""Prints pyproject.toml's lowest version of every runtime dependency, as constraints for pip."""
+"""Prints pyproject.toml's lowest versions, of what runs and of what the tests take, as constraints for pip."""
 
 import pathlib
 import tomllib
 
 
 def floors(pyproject: str) -> list[str]:
-    """Turns `name>=version` into `name==version`; anything else in the list is an error, not a guess."""
+    """Turns `name>=version` into `name==version`: for each dependency, and where the extra `test` names a version."""
+    project = tomllib.loads(pyproject)["project"]
+    of_tests = [requirement for requirement in project["optional-dependencies"]["test"] if ">=" in requirement]
     pins = []
-    for requirement in tomllib.loads(pyproject)["project"]["dependencies"]:
-        name, floor = requirement.split(">=")
+    for requirement in project["dependencies"] + of_tests:
+        name, floor = requirement.split(">=")  # a dependency in any other form is an error, not a guess
         pins.append(f"{name}=={floor}")
         if name == "jax":  # jax takes a range of jaxlibs; the floor means both
             pins.append(f"jaxlib=={floor}")
