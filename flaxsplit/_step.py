@@ -117,7 +117,8 @@ def with_optimizer(
             _out, _new_state = _returned(loss_fn(_params, _state, _batch), has_aux)
             _loss, _aux = _out if has_aux else (_out, ())
             _new_state = check_drift("with_optimizer(loss_fn, tx)", "state", _state, _new_state)
-            _check_synced(_state, _new_state, axis_name)
+            if axis_name is not None:
+                _check_synced(_state, _new_state, axis_name)
             return _loss, (_aux, _new_state)
 
         def gradient(_state: Any, _batch: Any) -> tuple[Any, Any, Any]:
@@ -204,12 +205,12 @@ def _split_batch(batch: Any, count: int) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape(count, leaf.shape[0] // count, *leaf.shape[1:]), batch)
 
 
-def _check_synced(before: Any, after: Any, axis_name: AxisName | None) -> None:
+def _check_synced(before: Any, after: Any, axis_name: AxisName) -> None:
     """Names what came in the same on every device of a mesh axis and would come out different.
 
     JAX says only that an `out_specs` is wrong, and advises `check_vma=False`: each device would keep its own, unseen.
     """
-    names = {axis_name} if isinstance(axis_name, str) else set(axis_name or ())
+    names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
     old, new = keyed_leaves(before, "state"), keyed_leaves(after, "state")
     strange = [f"{path}: differs per device" for path, leaf in new.items() if names & _marks(leaf) - _marks(old[path])]
     if strange:
