@@ -114,7 +114,8 @@ def is_key(leaf: jax.Array) -> bool:
 
 
 def say(words: str) -> None:
-    print(f"[{jax.process_index()}] {words}", flush=True)
+    sys.stdout.write(f"[{jax.process_index()}] {words}\n")  # at one go: print would let lines of two processes mix
+    sys.stdout.flush()
 
 
 def join(address: str, count: int, rank: int, timeout: int) -> None:
@@ -122,10 +123,11 @@ def join(address: str, count: int, rank: int, timeout: int) -> None:
 
     Before jax 0.7 the time-out could not be chosen: there the others wait, and `launch` ends them.
     """
-    if "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters:  # jax >= 0.7
-        jax.distributed.initialize(address, count, rank, heartbeat_timeout_seconds=timeout)
-    else:
-        jax.distributed.initialize(address, count, rank)
+    known = inspect.signature(jax.distributed.initialize).parameters
+    wanted = {"heartbeat_timeout_seconds": timeout, "shutdown_timeout_seconds": timeout}
+    limits: dict[str, Any] = {name: value for name, value in wanted.items() if name in known}
+    # Where the first process listens is told as well: by default it is on every interface of the machine
+    jax.distributed.initialize(address, count, rank, coordinator_bind_address=address, **limits)
 
 
 def launch(options: argparse.Namespace) -> int:

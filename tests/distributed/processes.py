@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -29,7 +30,12 @@ class Running:
         self.log = log
         with log.open("w") as file:
             self.popen = subprocess.Popen(
-                [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a process group of its own: what it starts is killed with it
             )
 
     @property
@@ -64,7 +70,8 @@ def running(commands: list[list[str]], folder: pathlib.Path, devices: int) -> Ge
         yield started
     finally:
         for process in started:
-            process.popen.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.popen.pid, signal.SIGKILL)
             process.popen.wait()
 
 
