@@ -40,7 +40,7 @@ class Effort:
 
 
 _FEWEST = 3
-EFFORTS = {each.name: each for each in (Effort("smoke", _FEWEST, 1), Effort("quick", 40, 6), Effort("full", 300, 40))}
+EFFORTS = {each.name: each for each in (Effort("smoke", _FEWEST, 1), Effort("quick", 40, 6), Effort("full", 300, 20))}
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Row:
     Attributes:
         bounds: how many times the baseline a contender may take, by the design.
         x: where the line stands in a plot, in the unit that the claim varies.
+        notes: a sentence on a contender, also on one that has no samples.
+        work: what is done in one sample, and the most that the device can do, by name.
     """
 
     case: str
@@ -58,6 +60,8 @@ class Row:
     baseline: str = HAND
     bounds: Mapping[str, float] = field(default_factory=dict)
     x: float | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+    work: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,23 +98,30 @@ def timed(
     baseline: str = HAND,
     bounds: Mapping[str, float] | None = None,
     x: float | None = None,
+    notes: Mapping[str, str] | None = None,
+    work: Mapping[str, float] | None = None,
 ) -> Row:
     """Runs each contender once per round, blocking on what it returns; seconds per each of the `per` things it does."""
     samples = {name: list[float]() for name in contenders}
     for name in [*contenders] * 2:
         jax.block_until_ready(contenders[name]())
     for name in in_turn(contenders, effort, lambda words: tell(f"{case}: {words}")):
-        began = time.perf_counter()
-        jax.block_until_ready(contenders[name]())
-        samples[name].append((time.perf_counter() - began) / per)
-    return Row(case, "s", samples, baseline, bounds or {}, x)
+        samples[name].append(seconds(contenders[name]) / per)
+    return Row(case, "s", samples, baseline, bounds or {}, x, notes or {}, work or {})
 
 
-def in_turn(names: Iterable[str], effort: Effort, tell: Tell) -> Iterator[str]:
+def seconds(run: Run) -> float:
+    """The time until what it returns is there."""
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - began
+
+
+def in_turn(names: Iterable[str], effort: Effort, tell: Tell, most: int = 10_000) -> Iterator[str]:
     """Every name once per round, in an order that chance draws anew, for as many rounds as the effort has time for."""
     order, chance = [*names], random.Random(0)  # noqa: S311 (an order, not a secret)
     end = time.perf_counter() + effort.seconds
-    for i in range(effort.rounds):
+    for i in range(min(most, effort.rounds)):
         if i >= _FEWEST and time.perf_counter() > end:
             return
         tell(f"round {i + 1} of at most {effort.rounds}")
@@ -135,21 +146,32 @@ def _ratio(paired: np.ndarray) -> Ratio:
 def verdict(row: Row) -> str:
     """Whether each bounded contender keeps to its bound; where the interval holds the bound, that is said."""
     found, said = ratios(row), []
+    noise, ours = found.get(AGAIN), found.get(OURS)
+    inside = bool(noise and ours and max(noise.low, ours.low) <= min(noise.high, ours.high))
     for name, bound in row.bounds.items():
         if name in found:
             ratio = found[name]
-            word = "holds" if ratio.high <= bound else "broken" if ratio.low > bound else "not decided by this run"
+            broken = ratio.low > bound and not inside
+            word = "holds" if ratio.high <= bound else "broken" if broken else "not decided by this run"
             said.append(f"at most {bound:g}: {word}")
-    noise = found.get(AGAIN)
-    if said and noise and OURS in found and max(noise.low, found[OURS].low) <= min(noise.high, found[OURS].high):
-        said.append("difference inside the noise")
-    return "; ".join(said)
+    return "; ".join([*said, *(["difference inside the noise"] if said and inside else [])])
 
 
 def quartiles(samples: Iterable[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile."""
     low, middle, high = np.percentile([*samples], [25, 50, 75])
     return float(low), float(middle), float(high)
+
+
+def rate(row: Row, name: str) -> str:
+    """What a contender does in a second, and the share of what the device can do."""
+    if "examples" not in row.work:
+        return ""
+    took = quartiles(row.samples[name])[1]
+    shares = [
+        f"{row.work[each] / took / row.work[f'{each}/s']:.0%} of the peak in {each}" for each in ("FLOP", "bytes")
+    ]
+    return "; ".join([f"{row.work['examples'] / took:.4g} examples/s", *shares])
 
 
 def told(value: float, unit: str) -> str:

@@ -1,21 +1,29 @@
-"""Stored results as a report to read: Markdown, plots, and the table in the README."""
+"""Stored results as a report to read: Markdown, plots, a comparison of two runs, and the tables in the README."""
 
 import pathlib
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
+from scipy import stats
 
 from . import _measure as m
+from ._peers import USUAL
 
 HERE = pathlib.Path(__file__).parent
 README = HERE.parent / "README.md"
+RESULTS = HERE / "results"
 MARK = re.compile(r"(<!-- benchmarks: begin -->\n).*?(<!-- benchmarks: end -->)", re.DOTALL)
+MATRIX = "recompilation"
 
 
 def report(folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes `report.md` and the plots beside the results in a folder; gives what it wrote."""
     results = read(folder)
+    mpl.use("Agg")
     plots = [path for result in results for path in plotted(result, folder)]
     page = folder / "report.md"
     page.write_text("\n".join(_page(results)) + "\n")
@@ -42,37 +50,98 @@ def _page(results: list[m.Result]) -> list[str]:
     lines = ["# What was measured", ""]
     lines += ["Medians; ratios are medians of paired ratios, with their 95 % confidence interval.", ""]
     for result in results:
-        lines += [
-            f"## {result.claim}",
-            "",
-            result.statement,
-            "",
-            f"`{result.about['command']}` on {where(result.about)}",
-        ]
-        lines += ["", f"![{result.claim}]({result.claim}.svg)"] if plottable(result) else []
-        lines += ["", "| case | contender | median | quartiles | ratio | verdict |", "|---|---|---|---|---|---|"]
-        for row in result.rows:
-            found = m.ratios(row)
-            for i, (name, samples) in enumerate(row.samples.items()):
-                low, middle, high = (m.told(value, row.unit) for value in m.quartiles(samples))
-                spread = f"{low} - {high}" if len(samples) > 1 else "exact"
-                first = (row.case, m.verdict(row)) if i == 0 else ("", "")
-                lines.append(f"| {first[0]} | {name} | {middle} | {spread} | {found.get(name, '')} | {first[1]} |")
-        lines.append("")
+        about = f"`{result.about['command']}` ({result.effort}) on {where(result.about)}"
+        lines += [f"## {result.claim}", "", result.statement, "", about]
+        lines += ["", f"![{result.claim}]({result.claim}.svg)"] if drawing(result) else []
+        lines += ["", *(_matrix(result) if result.claim == MATRIX else _rows(result)), ""]
     return lines
 
 
-def plottable(result: m.Result) -> bool:
-    """Whether there is anything to plot against."""
-    return sum(row.x is not None and row.unit == "s" for row in result.rows) > 1
+def _rows(result: m.Result) -> Iterator[str]:
+    rated = any(row.work for row in result.rows)
+    heads = ["case", "contender", "median", "quartiles", "ratio", *(["rate"] if rated else []), "verdict"]
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
+    for row in result.rows:
+        found = m.ratios(row)
+        for i, (name, samples) in enumerate(row.samples.items()):
+            low, middle, high = (m.told(value, row.unit) for value in m.quartiles(samples))
+            spread = f"{low} - {high}" if len(samples) > 1 else "exact"
+            first = (row.case, m.verdict(row)) if i == 0 else ("", "")
+            rate = [m.rate(row, name)] if rated else []
+            cells = [first[0], name, middle, spread, str(found.get(name, "")), *rate, first[1]]
+            yield f"| {' | '.join(cells)} |"
+    for case, name, words in dict.fromkeys(
+        (row.case, name, words) for row in result.rows for name, words in row.notes.items()
+    ):
+        yield f"\n{case}, {name}: {words}."
+
+
+def cells(result: m.Result) -> dict[str, dict[str, tuple[str, str]]]:
+    """Compiles and the sentence about them, by scenario and implementation."""
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    for row in result.rows:
+        if row.unit == "compiles":
+            numbers = {name: f"{each[0]:.0f}" for name, each in row.samples.items()}
+            found[row.case] = {name: (numbers.get(name, ""), words) for name, words in row.notes.items()}
+    return found
+
+
+def _matrix(result: m.Result) -> Iterator[str]:
+    found = cells(result)
+    names = list(dict.fromkeys(name for row in found.values() for name in row))
+    traces = {row.case: row.samples for row in result.rows if row.unit == "traces"}
+    yield from _grid(found, names)
+    yield "\nWhy, by situation; where traces and compiles differ in number, traces come in brackets:\n"
+    for title, row in found.items():
+        yield f"- **{title}**"
+        said: dict[str, list[str]] = {}
+        for name, (number, words) in row.items():
+            traced = f"{traces[title][name][0]:.0f}" if name in traces[title] else ""
+            both = number if traced == number else f"{number} ({traced} traces)"
+            said.setdefault(f"{both}: {words}" if number else words, []).append(name)
+        for words, of in said.items():
+            yield f"    - {', '.join(of)}: {words}."
+
+
+def _grid(found: dict[str, dict[str, tuple[str, str]]], names: list[str]) -> Iterator[str]:
+    yield f"| compiles over 20 steps | {' | '.join(names)} |"
+    yield "|---" * (len(names) + 1) + "|"
+    for title, row in found.items():
+        numbers = [row.get(name, ("", "not run")) for name in names]
+        yield f"| {title} | {' | '.join(number or _why_none(words) for number, words in numbers)} |"
+
+
+def _why_none(words: str) -> str:
+    return "refuses" if words.startswith("refuses") else "-"
+
+
+def drawing(result: m.Result) -> Any:
+    """What draws a result; none where there is nothing to draw."""
+    if result.claim == MATRIX:
+        return _draw_matrix
+    timed = [row for row in result.rows if row.unit == "s" and len(row.samples) > 1]
+    if sum(row.x is not None for row in timed) > 1:
+        return _draw_lines
+    return _draw_bars if timed else None
 
 
 def plotted(result: m.Result, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Draws each contender's ratio to the baseline, with its interval; as PNG and SVG."""
-    if not plottable(result):
+    """Draws a result, as PNG and SVG; gives the files."""
+    draw = drawing(result)
+    if draw is None:
         return []
-    mpl.use("Agg")
     mpl.rcParams["svg.hashsalt"] = result.claim  # the same picture is the same file
+    figure = draw(result)
+    paths = [folder / f"{result.claim}.{kind}" for kind in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+    plt.close(figure)
+    return paths
+
+
+def _draw_lines(result: m.Result) -> Any:
+    """Each contender's ratio to the baseline, with its interval, against what the claim varies."""
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     lines: dict[str, list[tuple[float, m.Ratio]]] = {}
     kinds = {_kind(row) for row in result.rows if row.x is not None}
@@ -88,11 +157,49 @@ def plotted(result: m.Result, folder: pathlib.Path) -> list[pathlib.Path]:
         axes.axhline(bound, color="black", linestyle=":", linewidth=0.8, label=f"promised: {bound:g}")
     axes.set(xscale="log", xlabel=_axis(result), ylabel=f"time / {result.rows[-1].baseline}", title=result.claim)
     axes.legend(fontsize="small")
-    paths = [folder / f"{result.claim}.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
-    plt.close(figure)
-    return paths
+    return figure
+
+
+def _draw_bars(result: m.Result) -> Any:
+    """Each contender's ratio to the baseline as a bar with its interval, case by case."""
+    rows = [row for row in result.rows if row.unit == "s" and len(row.samples) > 1]
+    bars = [(row, name, ratio) for row in rows for name, ratio in m.ratios(row).items()]
+    figure, axes = plt.subplots(figsize=(7.2, 1.2 + 0.24 * (len(bars) + len(rows))), layout="constrained")
+    at, ticks, names = 0.0, list[float](), list[str]()
+    for row in rows:
+        axes.text(0.01, at, row.case, transform=axes.get_yaxis_transform(), weight="bold", va="center", fontsize=8)
+        for name, ratio in m.ratios(row).items():
+            at += 1
+            ticks.append(at)
+            names.append(name)
+            spread = [[ratio.value - ratio.low], [ratio.high - ratio.value]]
+            axes.barh(at, ratio.value, xerr=spread, height=0.8, color="tab:blue" if name == m.OURS else "lightgray")
+            axes.text(ratio.high, at, f" {ratio.value:.3g}", va="center", fontsize=7)
+        at += 1
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(ticks, names, fontsize=7)
+    wide = max(ratio.high for *_, ratio in bars) > 4
+    axes.set(xlabel=f"time / {rows[0].baseline}", title=result.claim, xscale="log" if wide else "linear")
+    axes.margins(x=0.12)
+    axes.invert_yaxis()
+    return figure
+
+
+def _draw_matrix(result: m.Result) -> Any:
+    """Compiles by situation and implementation: one is light, more is dark."""
+    found = cells(result)
+    names = list(dict.fromkeys(name for row in found.values() for name in row))
+    grid = np.array([[float(row.get(name, ("", ""))[0] or "nan") for name in names] for row in found.values()])
+    figure, axes = plt.subplots(figsize=(2.6 + 0.5 * len(names), 2.2 + 0.3 * len(found)), layout="constrained")
+    axes.imshow(np.minimum(grid, 4), cmap="Oranges", vmin=0.5, vmax=5, aspect="auto")
+    for i, row in enumerate(found.values()):
+        for j, name in enumerate(names):
+            number, words = row.get(name, ("", ""))
+            axes.text(j, i, number or {"refuses": "x"}.get(_why_none(words), "-"), ha="center", va="center", fontsize=9)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(range(len(found)), list(found), fontsize=8)
+    axes.set_title("compiles over 20 steps (x: refuses, -: has no such thing)", fontsize=9)
+    return figure
 
 
 def _kind(row: m.Row) -> str:
@@ -126,9 +233,48 @@ def _span(values: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def readme(results: list[m.Result], text: str) -> str:
-    """Puts the table between the README's marks."""
-    words = (
-        f"\nMedian ratios of time (memory: of bytes), lowest to highest over the cases, on {where(results[0].about)}:\n"
+def readme(text: str, folder: pathlib.Path = RESULTS) -> str:
+    """Puts the tables of every stored device between the README's marks, the matrix of compiles first."""
+    stored = [read(each) for each in sorted(folder.iterdir()) if each.is_dir()]
+    words: list[str] = []
+    for result in [result for results in stored[:1] for result in results if result.claim == MATRIX]:
+        found = cells(result)
+        words += ["", "How often each compiles its step over 20 steps, by situation (`-`: has no such thing):", ""]
+        words += _grid(found, [name for name in USUAL if any(name in row for row in found.values())])
+        words += [
+            "",
+            "Each number has its sentence in the report, and every peer its donated or cached form beside it.",
+        ]
+    for results in stored:
+        kept = "Median ratios of time (memory: of bytes), lowest to highest over the cases"
+        words += ["", f"{kept}, on {where(results[0].about)}:", "", table(results)]
+    return MARK.sub(lambda match: "\n".join([match[1].rstrip(), *words, "", match[2]]), text)
+
+
+def compared(a: pathlib.Path, b: pathlib.Path) -> list[tuple[str, str, str, str, str]]:
+    """Claim, case, contender, ratio of B's median to A's, and what to say of it: of everything in both folders."""
+    before, after = ({result.claim: result for result in read(each)} for each in (a, b))
+    lines = []
+    for claim in before.keys() & after.keys():
+        old = {(row.case, row.unit): row for row in before[claim].rows}
+        for row in after[claim].rows:
+            known = old[row.case, row.unit].samples if (row.case, row.unit) in old else {}
+            for name in row.samples.keys() & known.keys():
+                ratio = _unpaired(known[name], row.samples[name])
+                word = "more" if ratio.low > 1 else "less" if ratio.high < 1 else "the same, or inside the noise"
+                lines.append((claim, f"{row.case} ({row.unit})", name, str(ratio), word))
+    return sorted(lines)
+
+
+def _unpaired(before: list[float], after: list[float]) -> m.Ratio:
+    value = float(np.median(after) / np.median(before))
+    if min(len(before), len(after)) < 3:
+        return m.Ratio(value, value, value)
+    found = stats.bootstrap(
+        (before, after),
+        lambda old, new, axis=-1: np.median(new, axis=axis) / np.median(old, axis=axis),
+        n_resamples=1000,
+        method="percentile",
+        rng=np.random.default_rng(0),
     )
-    return MARK.sub(lambda match: f"{match[1]}{words}\n{table(results)}\n\n{match[2]}", text)
+    return m.Ratio(value, float(found.confidence_interval.low), float(found.confidence_interval.high))

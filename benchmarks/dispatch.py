@@ -1,7 +1,7 @@
 """A step is dispatched in at most 1.02 of the time of the step written by hand, jitted and donated over the same carry.
 
 The executables are the same (tests/test_hlo.py), so what could differ is the host's part. Trees of 10 to 10,000 leaves,
-and the 8-layer MLP of 119 leaves.
+and the 8-layer MLP of 119 leaves, there beside every peer.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,10 @@ import optax
 
 import flaxsplit as fs
 
+from . import _nets as nets
 from ._measure import AGAIN, HAND, OURS, Effort, Row, Tell, timed
 from ._models import DenseNorm, Stepper, batch_of, by_hand, copy, ours, start
+from ._peers import PEERS, USUAL, Loop, Task, build, check_agree, losses_of, missing, present
 
 STEPS = 20
 
@@ -53,6 +55,13 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     model = DenseNorm(width=16)
     mlp = contenders(by_hand(model, tx), ours(model, tx), start(model, tx, batch[0]), batch, STEPS)
     yield timed("MLP, 8 layers", mlp, effort, tell, per=STEPS, bounds={OURS: 1.02})
+    names = present(effort.of(smoke=[OURS, HAND], quick=USUAL, full=PEERS))
+    task = Task(nets.mlp(8, 16), (16,))
+    peers = {name: build(name, task) for name in names}
+    check_agree({name: losses_of(peer.step, peer.fresh(), batch, 3) for name, peer in peers.items()})
+    loops = {name: Loop(peer, batch, STEPS) for name, peer in peers.items()}
+    notes = missing() if effort.name != "smoke" else {}
+    yield timed("MLP, every peer", loops, effort, tell, per=STEPS, bounds={OURS: 1.02}, notes=notes)
     for leaves in effort.of(smoke=[10], quick=[10, 100, 1000], full=[10, 30, 100, 300, 1000, 3000, 10_000]):
         hand, mine, carry, given = many_leaves(leaves)
         yield timed(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ._measure import Effort, Row, Tell
 
 CODE = """
-import time, jax, flax, flax.linen, optax, jaxtyping, typeguard
+import time, jax, flax, flax.linen, optax, jaxtyping
 began = time.perf_counter()
 import flaxsplit
 print(time.perf_counter() - began)

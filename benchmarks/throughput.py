@@ -1,0 +1,158 @@
+"""A step of a real network takes at most 1.02 of the time of the step by hand; beside it, every peer at its best.
+
+Examples per second, with the share of what this device was measured to do at most: in one product of matrices (FLOP)
+and in one copy (bytes), in the same run. FLOPs and bytes of a step are XLA's, bytes before anything stays in a cache.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from . import _nets as nets
+from ._measure import AGAIN, HAND, OURS, Effort, Row, Run, Tell, in_turn, seconds, timed
+from ._peers import BEST, EQUINOX, HAIKU, NNX, TRAIN_STATE, Loop, Task, build, check_agree, losses_of, missing, present
+
+BESTS = (OURS, HAND, TRAIN_STATE + BEST, NNX + BEST, EQUINOX + BEST, HAIKU + BEST)
+CLASSES = 1000
+
+
+def batch_of(task: Task, size: int) -> Any:
+    """Noise, and classes to tell it apart by."""
+    chance = np.random.default_rng(0)
+    x = jnp.asarray(chance.normal(size=(size, *task.shape)), task.compute or jnp.float32)
+    return x, jnp.asarray(chance.integers(CLASSES, size=size))
+
+
+def task_of(name: str, side: int, compute: Any) -> Task:
+    """One of the networks, `side` pixels or places long."""
+    made: dict[str, tuple[nets.Layers, tuple[int, ...]]] = {
+        "MLP": ((*nets.mlp(8, 512)[:-1], nets.Dense(CLASSES)), (512,)),
+        "ResNet-18": (nets.resnet(18), (side, side, 3)),
+        "ResNet-50": (nets.resnet(50), (side, side, 3)),
+        "transformer, small": (nets.transformer(2, 128, 4), (side, 128)),
+        "transformer": (nets.transformer(12, 768, 12), (side, 768)),
+    }
+    layers, shape = made[name]
+    return Task(layers, shape, compute=compute, make_tx=lambda: optax.sgd(1e-3, momentum=0.9))
+
+
+BF16 = jnp.bfloat16
+Sizes = dict[str, list[tuple[str, int, Any, int | None]]]
+CPU: Sizes = {
+    "smoke": [("MLP", 0, None, 8)],
+    "quick": [("MLP", 0, None, 256), ("transformer, small", 32, None, 16)],
+    "full": [
+        *(("MLP", 0, dtype, size) for dtype in (None, BF16) for size in (64, 1024)),
+        *(("ResNet-18", 32, dtype, 32) for dtype in (None, BF16)),
+        ("ResNet-50", 64, None, 16),
+        *(("transformer, small", 64, dtype, 16) for dtype in (None, BF16)),
+    ],
+}
+ACCELERATOR: Sizes = {
+    "smoke": CPU["smoke"],
+    "quick": [("MLP", 0, None, 1024), ("ResNet-18", 224, BF16, 64), ("transformer, small", 128, BF16, 64)],
+    "full": [
+        *(("MLP", 0, dtype, size) for dtype in (None, BF16) for size in (1024, 16_384)),
+        *(("ResNet-18", 224, dtype, 256) for dtype in (None, BF16)),
+        ("ResNet-50", 224, None, 64),
+        ("ResNet-50", 224, BF16, 64),
+        ("ResNet-50", 224, BF16, None),  # as many as fit
+        *(("transformer", 512, dtype, 16) for dtype in (None, BF16)),
+    ],
+}
+
+
+def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
+    """Network by network; a peer that is not there, or that refuses, is said."""
+    sizes = CPU if jax.default_backend() == "cpu" else ACCELERATOR
+    names = present([*effort.of(smoke=[OURS, HAND], quick=BESTS, full=BESTS)])
+    peaks: dict[Any, dict[str, float]] = {}
+    absent = {name: words for name, words in missing().items() if name in BESTS and effort.name != "smoke"}
+    for name, side, compute, examples in sizes[effort.name]:
+        task = task_of(name, side, compute)
+        case = f"{name}{f' of {side}' if side else ''}, {'bf16' if compute else 'f32'}"
+        tell(f"{case}: the most that this device does")
+        if compute not in peaks:
+            peaks[compute] = dict(peak(compute or jnp.float32, effort))
+        size = examples or largest(task, tell)
+        case = f"{case}, batch {size}"
+        batch = batch_of(task, size)
+        contenders, notes = started(names, task, batch, tell)
+        cost = cost_of(task, batch)
+        yield timed(
+            case,
+            contenders,
+            effort,
+            tell,
+            bounds={OURS: 1.02},
+            notes=notes | absent,
+            work={"examples": size, **cost, **peaks[compute]},
+        )
+
+
+def started(names: list[str], task: Task, batch: Any, tell: Tell) -> tuple[dict[str, Run], dict[str, str]]:
+    """Every contender that agrees with the step by hand, the same losses seen first; and what is to say of others."""
+    calm = Task(nets.without_dropout(task.layers), task.shape, compute=task.compute, make_tx=task.make_tx)
+    few = jax.tree.map(lambda leaf: leaf[:4], batch)
+    contenders, losses, notes = dict[str, Run](), dict[str, list[float]](), dict[str, str]()
+    for name in names:
+        tell(f"starting {name}")
+        try:
+            peer = build(name, calm)
+            losses[name] = losses_of(peer.step, peer.fresh(), few if task.draws else batch, 2)
+            peer = build(name, task) if task.draws else peer
+            contenders[name] = Loop(peer, batch)
+            contenders[name]()
+        except Exception as error:  # whatever another library says
+            if name in (OURS, HAND):
+                raise
+            notes[name] = f"refuses: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    if not task.compute:
+        check_agree({HAND: losses[HAND], **losses}, 1e-2)
+    else:  # roundings of bf16 go their own ways from the first update on
+        check_agree({HAND: losses[HAND][:1], **{name: each[:1] for name, each in losses.items()}}, 5e-2)
+    return contenders | {AGAIN: Loop(build(HAND, task), batch)}, notes
+
+
+def cost_of(task: Task, batch: Any) -> Mapping[str, float]:
+    """FLOPs and bytes of the step by hand, by XLA's count."""
+    peer = build(HAND, task)
+    found: Any = peer.step.lower(peer.fresh(), batch).compile().cost_analysis()
+    found = found[0] if isinstance(found, list) else found
+    return {"FLOP": float(found["flops"]), "bytes": float(found["bytes accessed"])}
+
+
+def peak(dtype: Any, effort: Effort) -> Iterator[tuple[str, float]]:
+    """What this device does in a second: FLOPs in a product of two matrices, bytes in a copy."""
+    cpu = jax.default_backend() == "cpu"
+    side, long = (2048, 2**26) if cpu else (8192, 2**29)
+    side, long = (128, 2**16) if effort.name == "smoke" else (side, long)
+    a, x = jnp.ones((side, side), dtype), jnp.ones(long, jnp.uint8)
+    product: Any = jax.jit(lambda a: a @ a)
+    copied: Any = jax.jit(lambda x: x + 1)
+    for name, function, given, work in (("FLOP/s", product, a, 2.0 * side**3), ("bytes/s", copied, x, 2.0 * long)):
+        run = functools.partial(function, given)
+        jax.block_until_ready(run())
+        samples = [seconds(run) for _ in in_turn([name], effort, lambda words: None, 20)]
+        yield name, work / float(np.median(samples))
+
+
+def largest(task: Task, tell: Tell) -> int:
+    """The largest power of two of examples whose step by hand fits into the device's memory."""
+    size = 64
+    while size < 2**16:
+        tell(f"does a batch of {size * 2} fit?")
+        peer = build(HAND, task)
+        try:
+            jax.block_until_ready(peer.step(peer.fresh(), batch_of(task, size * 2)))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return size // 2 if size > 64 else size  # every contender holds a carry of its own: one step back
+        size *= 2
+    return size
