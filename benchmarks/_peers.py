@@ -374,14 +374,14 @@ def of_nnx(task: Task, watch: Watch, name: str = NNX, donate: bool = False) -> P
 
 def of_equinox(task: Task, watch: Watch, donate: bool = False) -> Peer:
     """Equinox's example of stateful layers: `make_with_state`, one example at a time under `vmap`, `filter_jit`."""
-    import equinox as eqx
-
-    any_eqx: Any = eqx
+    from ._equinox import Network
+    from ._equinox import eqx as any_eqx
 
     optim = task.make_tx()
 
     def compute_loss(model: Any, state: Any, xs: Any, ys: Any, keys: Any, train: bool) -> Any:
         def single(x: Any, state: Any, key: Any) -> Any:
+            x = x.transpose(2, 0, 1) if x.ndim == 3 else x  # channels first
             return model(x, state, not train, key)
 
         batched = jax.vmap(single, axis_name="batch", in_axes=(0, None, 0), out_axes=(0, None))
@@ -413,7 +413,7 @@ def of_equinox(task: Task, watch: Watch, donate: bool = False) -> Peer:
         return held, loss
 
     def fresh(module: bool = False, new_tx: bool = False) -> Any:
-        model, state = nets.equinox(task.layers, task.shape[-1], task.dtype)()
+        model, state = any_eqx.nn.make_with_state(Network)(task.layers, task.shape[-1], task.dtype)
         model = cast_to(task.dtype, model)
         opt_state = (task.make_tx() if new_tx else optim).init(any_eqx.filter(model, any_eqx.is_inexact_array))
         return [model, state, opt_state, key_of()]
@@ -425,9 +425,10 @@ def of_equinox(task: Task, watch: Watch, donate: bool = False) -> Peer:
 
     def restored(held: Any) -> Any:
         file = io.BytesIO()
-        any_eqx.tree_serialise_leaves(file, tuple(held))
+        *kept, key = held
+        any_eqx.tree_serialise_leaves(file, kept)
         file.seek(0)
-        return [*any_eqx.tree_deserialise_leaves(file, tuple(held))]
+        return [*any_eqx.tree_deserialise_leaves(file, kept), key]
 
     def placed(sharding: Any) -> Any:
         return [*any_eqx.filter_shard(tuple(fresh()), sharding)]
