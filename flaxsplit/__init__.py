@@ -1,5 +1,8 @@
 """Pure combinators for params and state in Flax: take apart, put together, step."""
 
+import importlib as _importlib
+import typing as _typing
+
 from ._carry import adopt_carry as adopt_carry
 from ._carry import init_carry as init_carry
 from ._errors import CollectionError as CollectionError
@@ -9,8 +12,6 @@ from ._errors import StateDriftError as StateDriftError
 from ._errors import UnsyncedStateError as UnsyncedStateError
 from ._errors import UntouchedStateWarning as UntouchedStateWarning
 from ._mutable import with_mutable as with_mutable
-from ._nnx import from_nnx as from_nnx
-from ._nnx import to_nnx as to_nnx
 from ._rngs import rng_state as rng_state
 from ._rngs import with_rngs as with_rngs
 from ._settle import settle_state as settle_state
@@ -28,3 +29,18 @@ from ._types import Carry as Carry
 from ._vmap import vmap_stateful as vmap_stateful
 
 __version__ = "0.1.0"
+
+if _typing.TYPE_CHECKING:
+    from ._nnx import from_nnx as from_nnx
+    from ._nnx import to_nnx as to_nnx
+else:  # hidden from checkers, which would hold every name for one of ours
+
+    def __getattr__(name):
+        """Imports the NNX part when it is asked for: flax.nnx takes longer than everything else here together."""
+        if name not in ("from_nnx", "to_nnx"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(_importlib.import_module("._nnx", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "from_nnx", "to_nnx"})

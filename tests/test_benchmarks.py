@@ -98,6 +98,21 @@ def test_every_library_builds_the_same_network() -> None:
         check_agree({name: losses_of(peer.step, peer.fresh(), batch, 3) for name, peer in peers.items()})
 
 
+def test_the_largest_batch_is_the_last_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import jax
+
+    from benchmarks import throughput
+
+    def limited(task: Any, size: int) -> Any:
+        if size > 256:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return batch_of(task, size)
+
+    batch_of = throughput.batch_of
+    monkeypatch.setattr(throughput, "batch_of", limited)
+    assert throughput.largest(throughput.task_of("MLP", 0, None), lambda words: None) == 256
+
+
 def test_a_report_has_every_claim_and_its_pictures(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     done = run("report", "--out", copy)
@@ -105,7 +120,7 @@ def test_a_report_has_every_claim_and_its_pictures(folder: pathlib.Path, tmp_pat
     page = (copy / "report.md").read_text()
     for path in copy.glob("*.json"):
         assert f"## {path.stem}" in page
-    for name in ("recompilation", "throughput", "nnx"):
+    for name in ("recompilation", "throughput-by-case", "nnx-by-case"):
         assert f"![{name}]({name}.svg)" in page
         assert (copy / f"{name}.svg").stat().st_size > 5000
         assert (copy / f"{name}.png").stat().st_size > 5000

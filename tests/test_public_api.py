@@ -55,7 +55,7 @@ def bare(fn: Any) -> str:
 
 
 def test_the_public_names_are_these() -> None:
-    public = {name for name in vars(fs) if not name.startswith("_")}
+    public = {name for name in dir(fs) if not name.startswith("_")}
     assert public == SIGNATURES.keys() | CLASSES.keys()
 
 
@@ -99,6 +99,20 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it() -> None:
             "flaxsplit",
             f"flaxsplit-{importlib.metadata.version('flaxsplit')}.dist-info",
         }
+
+
+def test_the_nnx_part_is_imported_when_it_is_asked_for() -> None:
+    code = """
+import sys
+import flaxsplit
+print("flax.nnx" in sys.modules)
+from flaxsplit import from_nnx
+print("flax.nnx" in sys.modules, from_nnx is flaxsplit.from_nnx)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True"]
+    with pytest.raises(AttributeError, match="module 'flaxsplit' has no attribute 'to_jax'"):
+        getattr(fs, "to_jax")  # noqa: B009 (checkers know that there is none)
 
 
 def test_import_needs_only_the_five_libraries() -> None:

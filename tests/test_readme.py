@@ -1,5 +1,6 @@
 """The README's code runs as printed, and its two loops give the same, bit for bit."""
 
+import inspect
 import pathlib
 import re
 from typing import Any
@@ -25,7 +26,8 @@ def test_before_and_after_are_the_same_bit_for_bit() -> None:
 
 
 def test_the_readme_names_every_combinator() -> None:
-    functions = {name for name, value in vars(fs).items() if not name.startswith("_") and not isinstance(value, type)}
+    public = [(name, value) for name, value in inspect.getmembers(fs) if not name.startswith("_")]
+    functions = {name for name, value in public if not isinstance(value, type)}
     missing = {name for name in functions if f"`{name}`" not in README}
     assert missing == set()
 

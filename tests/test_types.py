@@ -8,7 +8,7 @@ import pytest
 import flaxsplit as fs
 
 TYPING = pathlib.Path(__file__).parent / "typing"
-PUBLIC = sorted(name for name in vars(fs) if not name.startswith("_"))
+PUBLIC = sorted(name for name in dir(fs) if not name.startswith("_"))
 
 
 def names_of_flaxsplit(path: pathlib.Path) -> set[str]:
