@@ -8,6 +8,7 @@ import argparse
 import importlib
 import os
 import pathlib
+import string
 import sys
 import time
 import warnings
@@ -149,10 +150,11 @@ def show_matrix(result: m.Result) -> None:
     """Prints compiles by situation and implementation, those beyond the fewest possible in red."""
     rows = [row for row in result.rows if row.unit == "compiles"]
     names = list(dict.fromkeys(name for row in rows for name in (*row.samples, *row.notes)))
+    letters = string.ascii_uppercase[: len(names)]  # names would not fit beside each other
     table = Table(title=f"{result.claim}: {result.statement}", title_justify="left")
-    table.add_column("situation", overflow="fold")
-    for name in names:
-        table.add_column(name, overflow="fold", justify="right")
+    table.add_column("compiles over 20 steps", no_wrap=True)
+    for letter in letters:
+        table.add_column(letter, justify="right")
     for row in rows:
         told = []
         for name in names:
@@ -162,6 +164,7 @@ def show_matrix(result: m.Result) -> None:
             told.append(f"[{color}]{count:.0f}" if count is not None else "x" if refused else "-")
         table.add_row(row.case, *told)
     console.print(table)
+    console.print(", ".join(f"{letter}: {name}" for letter, name in zip(letters, names, strict=True)))
     console.print("x: refuses, -: has no such thing, or is not installed; the report has a sentence for each number")
 
 

@@ -245,21 +245,23 @@ def by_hand(task: Task, watch: Watch) -> Peer:
     model, tx = made(task)()
 
     def train_step(carry: Any, batch: Any, train: bool = True) -> Any:
-        count, params, state, opt_state = carry
+        count, params, state, opt_state, keys = carry
 
         def objective(params: Any) -> Any:
             variables = {"params": params, **state}
-            pred, updated = model.apply(variables, batch[0], train=train, mutable=list(state), rngs=rngs)
+            pred, updated = model.apply(variables, batch[0], train=train, mutable=list(state), rngs=used)
             return loss_of(pred, batch[1]), updated
 
-        rngs = {"dropout": jax.random.fold_in(key_of(), count)} if task.draws else {}
+        split = {name: jax.random.split(key) for name, key in keys.items()}
+        keys, used = ({name: each[i] for name, each in split.items()} for i in (0, 1))
         (loss, updated), grads = jax.value_and_grad(objective, has_aux=True)(params)
         updates, opt_state = tx.update(grads, opt_state, params)
-        return (count + 1, optax.apply_updates(params, updates), updated, opt_state), loss
+        return (count + 1, optax.apply_updates(params, updates), updated, opt_state, keys), loss
 
     def fresh(module: bool = False, new_tx: bool = False) -> Any:
         state, params = core.pop(start_of(task), "params")
-        return jnp.zeros((), jnp.int32), params, state, (task.make_tx() if new_tx else tx).init(params)
+        opt_state = (task.make_tx() if new_tx else tx).init(params)
+        return jnp.zeros((), jnp.int32), params, state, opt_state, {"dropout": key_of()} if task.draws else {}
 
     def evaluate(carry: Any, x: Any) -> Any:
         return model.apply({"params": carry[1], **carry[2]}, x, train=False)

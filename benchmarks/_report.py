@@ -24,10 +24,10 @@ def report(folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes `report.md` and the plots beside the results in a folder; gives what it wrote."""
     results = read(folder)
     mpl.use("Agg")
-    plots = [path for result in results for path in plotted(result, folder)]
+    plots = {result.claim: plotted(result, folder) for result in results}
     page = folder / "report.md"
-    page.write_text("\n".join(_page(results)) + "\n")
-    return [page, *plots]
+    page.write_text("\n".join(_page(results, plots)) + "\n")
+    return [page, *(path for paths in plots.values() for path in paths)]
 
 
 def read(folder: pathlib.Path) -> list[m.Result]:
@@ -46,13 +46,14 @@ def where(about: dict[str, object]) -> str:
     return f"{machine}; Python {about['python']}, {', '.join(named)}; {str(about['date'])[:10]}"
 
 
-def _page(results: list[m.Result]) -> list[str]:
+def _page(results: list[m.Result], plots: dict[str, list[pathlib.Path]]) -> list[str]:
     lines = ["# What was measured", ""]
     lines += ["Medians; ratios are medians of paired ratios, with their 95 % confidence interval.", ""]
     for result in results:
         about = f"`{result.about['command']}` ({result.effort}) on {where(result.about)}"
         lines += [f"## {result.claim}", "", result.statement, "", about]
-        lines += ["", f"![{result.claim}]({result.claim}.svg)"] if drawing(result) else []
+        for path in plots[result.claim]:
+            lines += ["", f"![{path.stem}]({path.name})"] if path.suffix == ".svg" else []
         lines += ["", *(_matrix(result) if result.claim == MATRIX else _rows(result)), ""]
     return lines
 
@@ -116,27 +117,31 @@ def _why_none(words: str) -> str:
     return "refuses" if words.startswith("refuses") else "-"
 
 
-def drawing(result: m.Result) -> Any:
-    """What draws a result; none where there is nothing to draw."""
+def drawings(result: m.Result) -> dict[str, Any]:
+    """What draws a result, by the name of the picture."""
     if result.claim == MATRIX:
-        return _draw_matrix
-    timed = [row for row in result.rows if row.unit == "s" and len(row.samples) > 1]
-    if sum(row.x is not None for row in timed) > 1:
-        return _draw_lines
-    return _draw_bars if timed else None
+        return {result.claim: _draw_matrix(result)}
+    lines, bars = _timed(result, along=True), _timed(result, along=False)
+    found = {result.claim: _draw_lines(result)} if len(lines) > 1 else {}
+    return found | ({f"{result.claim}-by-case": _draw_bars(result)} if bars else {})
+
+
+def _timed(result: m.Result, along: bool) -> list[m.Row]:
+    """The rows that lie along what the claim varies, or those that stand alone."""
+    rows = [row for row in result.rows if row.unit == "s" and len(row.samples) > 1]
+    return [row for row in rows if (row.x is not None) == along]
 
 
 def plotted(result: m.Result, folder: pathlib.Path) -> list[pathlib.Path]:
     """Draws a result, as PNG and SVG; gives the files."""
-    draw = drawing(result)
-    if draw is None:
-        return []
-    mpl.rcParams["svg.hashsalt"] = result.claim  # the same picture is the same file
-    figure = draw(result)
-    paths = [folder / f"{result.claim}.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
-    plt.close(figure)
+    paths = []
+    for name, figure in drawings(result).items():
+        for kind in ("png", "svg"):
+            mpl.rcParams["svg.hashsalt"] = name  # the same picture is the same file
+            path = folder / f"{name}.{kind}"
+            figure.savefig(path, dpi=120, metadata={"Date": None} if kind == "svg" else {"Software": None})
+            paths.append(path)
+    plt.close("all")
     return paths
 
 
@@ -162,7 +167,7 @@ def _draw_lines(result: m.Result) -> Any:
 
 def _draw_bars(result: m.Result) -> Any:
     """Each contender's ratio to the baseline as a bar with its interval, case by case."""
-    rows = [row for row in result.rows if row.unit == "s" and len(row.samples) > 1]
+    rows = _timed(result, along=False)
     bars = [(row, name, ratio) for row in rows for name, ratio in m.ratios(row).items()]
     figure, axes = plt.subplots(figsize=(7.2, 1.2 + 0.24 * (len(bars) + len(rows))), layout="constrained")
     at, ticks, names = 0.0, list[float](), list[str]()
@@ -180,18 +185,19 @@ def _draw_bars(result: m.Result) -> Any:
     axes.set_yticks(ticks, names, fontsize=7)
     wide = max(ratio.high for *_, ratio in bars) > 4
     axes.set(xlabel=f"time / {rows[0].baseline}", title=result.claim, xscale="log" if wide else "linear")
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.01)
     axes.invert_yaxis()
     return figure
 
 
 def _draw_matrix(result: m.Result) -> Any:
-    """Compiles by situation and implementation: one is light, more is dark."""
+    """Compiles by situation and implementation: the fewest possible is light, more is dark."""
     found = cells(result)
     names = list(dict.fromkeys(name for row in found.values() for name in row))
     grid = np.array([[float(row.get(name, ("", ""))[0] or "nan") for name in names] for row in found.values()])
     figure, axes = plt.subplots(figsize=(2.6 + 0.5 * len(names), 2.2 + 0.3 * len(found)), layout="constrained")
-    axes.imshow(np.minimum(grid, 4), cmap="Oranges", vmin=0.5, vmax=5, aspect="auto")
+    fewest = np.array([[row.work["possible"]] for row in result.rows if row.unit == "compiles"])
+    axes.imshow(np.minimum(grid - fewest, 3), cmap="Oranges", vmin=-0.5, vmax=4, aspect="auto")
     for i, row in enumerate(found.values()):
         for j, name in enumerate(names):
             number, words = row.get(name, ("", ""))

@@ -43,7 +43,11 @@ def measured(checker: str) -> dict[str, list[float]]:
     done = subprocess.run(
         [sys.executable, "-m", __name__],
         cwd=Path(__file__).parent.parent,
-        env={**os.environ, "FLAXSPLIT_TYPECHECKER": "" if checker == OFF else checker},
+        env={
+            **os.environ,
+            "FLAXSPLIT_TYPECHECKER": "" if checker == OFF else checker,
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process holds the accelerator's memory too
+        },
         capture_output=True,
         text=True,
         check=False,

@@ -143,16 +143,17 @@ def peak(dtype: Any, effort: Effort) -> Iterator[tuple[str, float]]:
 
 
 def largest(task: Task, tell: Tell) -> int:
-    """The largest power of two of examples whose step by hand fits into the device's memory."""
-    size = 64
+    """The largest power of two of examples whose step fits into the memory, beside the carries of the others."""
+    peer, size = build(HAND, task), 64
+    carries = [peer.fresh() for _ in range(len(BESTS) + 1)]
     while size < 2**16:
         tell(f"does a batch of {size * 2} fit?")
-        peer = build(HAND, task)
         try:
-            jax.block_until_ready(peer.step(peer.fresh(), batch_of(task, size * 2)))
+            carry, _ = jax.block_until_ready(peer.step(carries.pop(), batch_of(task, size * 2)))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return size // 2 if size > 64 else size  # every contender holds a carry of its own: one step back
+            break
+        carries.append(carry)
         size *= 2
     return size

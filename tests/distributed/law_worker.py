@@ -38,6 +38,7 @@ SGD, TX = mesh_tests.SGD, mesh_tests.TX
 BATCH: Any = jax.tree.map(np.asarray, mesh_tests.BATCH)
 STACKED: Any = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), BATCH)
 
+
 def spread(tree: Any, shardings: Any) -> Any:
     """Takes what is whole in every process to the mesh of all."""
 
