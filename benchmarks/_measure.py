@@ -20,6 +20,7 @@ import numpy as np
 from scipy import stats
 
 HAND, AGAIN, OURS = "by hand", "by hand, again", "flaxsplit"
+SAME = {HAND: HAND, AGAIN: HAND, OURS: OURS}  # what each contender is: by hand twice, for the noise floor
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "jaxtyping", "typeguard", "numpy", "equinox", "dm-haiku")
 
 Run = Callable[[], Any]
@@ -205,6 +206,21 @@ def _versions() -> Iterator[tuple[str, str]]:
             yield name, version(name)
         except PackageNotFoundError:
             yield name, "absent"
+
+
+def elsewhere(module: str, *arguments: str, **environment: str) -> Any:
+    """What a module of this package prints as its last line, JSON, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=pathlib.Path(__file__).parent.parent,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"benchmarks: {module} failed in a process with {environment}:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def memory_of(jitted: Any, *args: Any) -> Any:

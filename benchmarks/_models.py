@@ -1,4 +1,4 @@
-"""What is measured: the model of FACTS, its step written by hand, and the same step out of combinators."""
+"""What is measured: a network of Dense, BatchNorm and relu, its step out of combinators, and what runs a step."""
 
 from typing import Any
 
@@ -9,21 +9,12 @@ import optax
 
 import flaxsplit as fs
 
+from . import _nets as nets
 
-class DenseNorm(nn.Module):
-    """`layers` times Dense, BatchNorm and relu; 8 layers and Adam make 119 leaves to optimize and thread."""
 
-    layers: int = 8
-    width: int = 64
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, x: Any, train: bool = True) -> Any:
-        """Maps `[..., width]` to `[..., 1]`."""
-        for _ in range(self.layers):
-            norm = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)
-            x = nn.relu(norm(nn.Dense(self.width)(x)))
-        return nn.Dense(1)(x)
+def dense_norm(layers: int = 8, width: int = 64, axis_name: str | None = None) -> nets.Linen:
+    """The network `nets.mlp` in Linen; 8 layers and Adam make 119 leaves to optimize and thread."""
+    return nets.Linen(nets.mlp(layers, width), axis_name=axis_name)
 
 
 def batch_of(size: int = 32, width: int = 64) -> tuple[jax.Array, jax.Array]:
@@ -32,27 +23,11 @@ def batch_of(size: int = 32, width: int = 64) -> tuple[jax.Array, jax.Array]:
 
 
 def loss_of(pred: Any, y: Any) -> Any:
-    """Mean squared error."""
+    """Cross entropy where the targets are classes, else the mean squared error; in float32."""
+    pred = pred.astype(jnp.float32)
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        return optax.softmax_cross_entropy_with_integer_labels(pred, y).mean()
     return optax.l2_loss(pred, y).mean()
-
-
-def by_hand(model: nn.Module, tx: optax.GradientTransformation) -> Any:
-    """The update step of Flax's guide over the same carry, to be jitted with the first argument donated."""
-
-    def step(carry: Any, batch: Any) -> Any:
-        count, params, state, opt_state = carry
-        x, y = batch
-
-        def objective(params: Any) -> Any:
-            pred, updated = model.apply({"params": params, **state}, x, mutable=list(state))
-            return loss_of(pred, y), updated
-
-        (loss, updated), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        return fs.Carry(count + 1, params, updated, opt_state), loss
-
-    return step
 
 
 def ours(model: nn.Module, tx: optax.GradientTransformation, *, microbatches: int = 1) -> Any:
@@ -90,14 +65,17 @@ def copy(tree: Any) -> Any:
 
 
 class Stepper:
-    """Runs a jitted step over and over from its own carry; called, it takes `count` steps and returns the last out."""
+    """Runs a step over and over from its own carry; called, it takes `count` steps and returns the last result.
 
-    def __init__(self, jitted: Any, carry: Any, batch: Any, count: int = 1) -> None:
-        self.jitted, self.carry, self.batch, self.count = jitted, carry, batch, count
+    One executable gives a step's results all at once, so who waits for this one waits for the carry too.
+    """
+
+    def __init__(self, step: Any, carry: Any, batch: Any, count: int = 1) -> None:
+        self.step, self.carry, self.batch, self.count = step, carry, batch, count
 
     def __call__(self) -> Any:
         """Takes the steps."""
         out = None
         for _ in range(self.count):
-            self.carry, out = self.jitted(self.carry, self.batch)
-        return self.carry, out
+            self.carry, out = self.step(self.carry, self.batch)
+        return out

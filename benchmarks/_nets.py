@@ -104,7 +104,7 @@ class Plan:
 
 
 def mlp(depth: int = 8, width: int = 64) -> Layers:
-    """`depth` times Dense, BatchNorm and relu; 8 of them and Adam make 119 leaves to optimize and thread."""
+    """`depth` times Dense, BatchNorm and relu, and a Dense of one."""
     return (*(Dense(width), Norm(), Act()) * depth, Dense(1))
 
 
@@ -174,6 +174,7 @@ class Linen(nn.Module):
 
     layers: Layers
     dtype: Any = None
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: Any, train: bool = True) -> Any:
@@ -196,7 +197,7 @@ class Linen(nn.Module):
                 conv = nn.Conv(layer.features, sizes, strides, use_bias=False, dtype=self.dtype, kernel_init=keyed)
                 return conv(x)
             case Norm():
-                return nn.BatchNorm(use_running_average=not train, dtype=self.dtype)(x)
+                return nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name, dtype=self.dtype)(x)
             case LayerNorm():
                 return nn.LayerNorm(dtype=self.dtype)(x)
             case Act():

@@ -23,6 +23,7 @@ import flaxsplit as fs
 
 from . import _nets as nets
 from ._measure import HAND, OURS
+from ._models import Stepper, loss_of
 from ._nets import Layers
 
 GUIDE, TRAIN_STATE, NNX, TREE = "the guide's loop", "TrainState", "nnx.jit", "nnx.jit, tree mode"
@@ -92,18 +93,11 @@ class Peer:
     traced: str = "train_step"
 
 
-def loss_of(pred: Any, y: Any) -> Any:
-    """Cross entropy where the targets are classes, else the mean squared error; in float32."""
-    pred = pred.astype(jnp.float32)
-    if jnp.issubdtype(y.dtype, jnp.integer):
-        return optax.softmax_cross_entropy_with_integer_labels(pred, y).mean()
-    return optax.l2_loss(pred, y).mean()
-
-
-def start_of(task: Task) -> Any:
-    """Linen's variables, buffers of their own at each call."""
+def start_of(task: Task, sharding: Any = None) -> Any:
+    """Linen's variables, buffers of their own at each call; where a sharding is given, there."""
     variables = cast_to(task.dtype, task.linen().init(key_of(), task.example, train=False))
-    return core.freeze(variables) if task.frozen else variables
+    variables = core.freeze(variables) if task.frozen else variables
+    return variables if sharding is None else jax.device_put(variables, sharding)
 
 
 def cast_to(dtype: Any, tree: Any) -> Any:
@@ -221,7 +215,7 @@ def guides_loop(task: Task, watch: Watch) -> Peer:
 
     def fresh(module: bool = False, new_tx: bool = False, sharding: Any = None) -> Any:
         model, made_tx = make(module, new_tx)
-        variables = start_of(task) if sharding is None else jax.device_put(start_of(task), sharding)
+        variables = start_of(task, sharding)
         state, params = core.pop(variables, "params")
         return model.apply, key_of(), made_tx.init(params), params, state
 
@@ -295,7 +289,7 @@ def of_train_state(task: Task, watch: Watch, donate: bool = False) -> Peer:
 
     def fresh(module: bool = False, new_tx: bool = False, sharding: Any = None) -> Any:
         model, tx = make(module, new_tx)
-        variables = start_of(task) if sharding is None else jax.device_put(start_of(task), sharding)
+        variables = start_of(task, sharding)
         create: Any = TrainState.create
         held = {"batch_stats": variables.get("batch_stats", {}), "key": key_of() if task.draws else None}
         return create(apply_fn=model.apply, params=variables["params"], tx=tx, **held)
@@ -306,7 +300,7 @@ def of_train_state(task: Task, watch: Watch, donate: bool = False) -> Peer:
     def placed(sharding: Any) -> Any:
         return jax.device_put(fresh(), sharding) if donate else fresh(sharding=sharding)
 
-    jitted = jax.jit(watch(train_step), **flag(task, **({"donate_argnums": 0} if donate else {})))
+    jitted = jax.jit(watch(train_step), **flag(task, donate_argnums=0 if donate else ()))
     return Peer(TRAIN_STATE + BEST * donate, jitted, fresh, jax.jit(evaluate), through_msgpack, placed)
 
 
@@ -345,7 +339,7 @@ def of_nnx(task: Task, watch: Watch, name: str = NNX, donate: bool = False) -> P
             nnx.update((model, optimizer), jax.device_put(nnx.state((model, optimizer)), sharding))
         return bound(model, optimizer)
 
-    jitted = any_nnx.jit(watch(train_step), **flag(task, **({"donate_argnums": (0, 1)} if donate else {})), **mode)
+    jitted = any_nnx.jit(watch(train_step), **flag(task, donate_argnums=(0, 1) if donate else ()), **mode)
 
     def bound(model: Any, optimizer: Any) -> Any:
         call = any_nnx.cached_partial(jitted, model, optimizer) if name == CACHED else None
@@ -457,7 +451,7 @@ def of_haiku(task: Task, watch: Watch, donate: bool = False) -> Peer:
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), state, opt_state, key, loss
 
-    jitted = jax.jit(watch(train_step), **flag(task, **({"donate_argnums": (0, 1, 2, 3)} if donate else {})))
+    jitted = jax.jit(watch(train_step), **flag(task, donate_argnums=(0, 1, 2, 3) if donate else ()))
 
     def step(held: Any, batch: Any, **train: bool) -> Any:
         *held, loss = jitted(*held, *batch, **train)
@@ -560,15 +554,6 @@ def losses_of(step: Any, held: Any, batch: Any, count: int = 5) -> list[float]:
     return losses
 
 
-class Loop:
-    """A peer's training loop; called, it takes `count` steps and returns the last loss, which needs all before it."""
-
-    def __init__(self, peer: Peer, batch: Any, count: int = 1) -> None:
-        self.peer, self.held, self.batch, self.count = peer, peer.fresh(), batch, count
-
-    def __call__(self) -> Any:
-        """Takes the steps."""
-        loss = None
-        for _ in range(self.count):
-            self.held, loss = self.peer.step(self.held, self.batch)
-        return loss
+def stepper(peer: Peer, batch: Any, count: int = 1) -> Stepper:
+    """Runs a peer's training loop."""
+    return Stepper(peer.step, peer.fresh(), batch, count)

@@ -88,9 +88,13 @@ def cells(result: m.Result) -> dict[str, dict[str, tuple[str, str]]]:
     return found
 
 
+def _columns(found: dict[str, dict[str, tuple[str, str]]]) -> list[str]:
+    return list(dict.fromkeys(name for row in found.values() for name in row))
+
+
 def _matrix(result: m.Result) -> Iterator[str]:
     found = cells(result)
-    names = list(dict.fromkeys(name for row in found.values() for name in row))
+    names = _columns(found)
     traces = {row.case: row.samples for row in result.rows if row.unit == "traces"}
     yield from _grid(found, names)
     yield "\nWhy, by situation; where traces and compiles differ in number, traces come in brackets:\n"
@@ -193,7 +197,7 @@ def _draw_bars(result: m.Result) -> Any:
 def _draw_matrix(result: m.Result) -> Any:
     """Compiles by situation and implementation: the fewest possible is light, more is dark."""
     found = cells(result)
-    names = list(dict.fromkeys(name for row in found.values() for name in row))
+    names = _columns(found)
     grid = np.array([[float(row.get(name, ("", ""))[0] or "nan") for name in names] for row in found.values()])
     figure, axes = plt.subplots(figsize=(2.6 + 0.5 * len(names), 2.2 + 0.3 * len(found)), layout="constrained")
     fewest = np.array([[row.work["possible"]] for row in result.rows if row.unit == "compiles"])

@@ -10,7 +10,7 @@ import optax
 import flaxsplit as fs
 
 from ._measure import Effort, Row, Tell, memory_of, timed
-from ._models import DenseNorm, Stepper, batch_of, copy, ours, start
+from ._models import Stepper, batch_of, copy, dense_norm, ours, start
 
 WHOLE = "1 microbatch"
 
@@ -18,7 +18,7 @@ WHOLE = "1 microbatch"
 def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     """The same batch in 1, 2, 4, ... parts."""
     tx, batch = optax.sgd(1e-2), batch_of(2048, 128)
-    model = DenseNorm(width=128)
+    model = dense_norm(width=128)
     carry = start(model, tx, batch[0])
     counts = effort.of(smoke=[1, 2], quick=[1, 4, 16], full=[1, 2, 4, 8, 16, 32, 64])
     names = {n: WHOLE if n == 1 else f"{n} microbatches" for n in counts}

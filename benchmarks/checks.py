@@ -4,13 +4,9 @@
 """
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
 
 import jax
@@ -18,8 +14,8 @@ import optax
 
 import flaxsplit as fs
 
-from ._measure import Effort, Row, Tell, in_turn, seconds
-from ._models import DenseNorm, Stepper, batch_of, ours, start
+from ._measure import Effort, Row, Tell, elsewhere, in_turn, seconds
+from ._models import Stepper, batch_of, dense_norm, ours, start
 
 OFF, CHECKERS, STEPS = "no checks", ("typeguard", "beartype"), 20
 
@@ -39,29 +35,17 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
 
 
 def measured(checker: str) -> dict[str, list[float]]:
-    """What a process with a checker says."""
-    done = subprocess.run(
-        [sys.executable, "-m", __name__],
-        cwd=Path(__file__).parent.parent,
-        env={
-            **os.environ,
-            "FLAXSPLIT_TYPECHECKER": "" if checker == OFF else checker,
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process holds the accelerator's memory too
-        },
-        capture_output=True,
-        text=True,
-        check=False,
+    """What a process with a checker says; it leaves an accelerator's memory to this one, which holds it too."""
+    found: dict[str, list[float]] = elsewhere(
+        __name__, FLAXSPLIT_TYPECHECKER="" if checker == OFF else checker, XLA_PYTHON_CLIENT_PREALLOCATE="false"
     )
-    if done.returncode:
-        raise SystemExit(f"benchmarks: the process with {checker} failed:\n{done.stderr}")
-    found: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def report() -> dict[str, list[float]]:
     """Seconds of three traces, and the median of some dispatches, in this process."""
     tx, batch = optax.adam(1e-3), batch_of(width=16)
-    model = DenseNorm(width=16)
+    model = dense_norm(width=16)
     carry = start(model, tx, batch[0])
     traces = []
     for _ in range(4):

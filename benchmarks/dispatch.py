@@ -14,9 +14,9 @@ import optax
 import flaxsplit as fs
 
 from . import _nets as nets
-from ._measure import AGAIN, HAND, OURS, Effort, Row, Tell, timed
-from ._models import DenseNorm, Stepper, batch_of, by_hand, copy, ours, start
-from ._peers import PEERS, USUAL, Loop, Task, build, check_agree, losses_of, missing, present
+from ._measure import AGAIN, HAND, OURS, SAME, Effort, Row, Tell, timed
+from ._models import Stepper, batch_of, copy
+from ._peers import PEERS, USUAL, Task, build, check_agree, losses_of, missing, present, stepper
 
 STEPS = 20
 
@@ -51,15 +51,13 @@ def many_leaves(leaves: int) -> tuple[Any, Any, fs.Carry, Any]:
 
 def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     """By hand twice and ours, twenty steps at a time."""
-    tx, batch = optax.adam(1e-3), batch_of(width=16)
-    model = DenseNorm(width=16)
-    mlp = contenders(by_hand(model, tx), ours(model, tx), start(model, tx, batch[0]), batch, STEPS)
+    batch, task = batch_of(width=16), Task(nets.mlp(8, 16), (16,))
+    mlp = {name: stepper(build(kind, task), batch, STEPS) for name, kind in SAME.items()}
     yield timed("MLP, 8 layers", mlp, effort, tell, per=STEPS, bounds={OURS: 1.02})
     names = present(effort.of(smoke=[OURS, HAND], quick=USUAL, full=PEERS))
-    task = Task(nets.mlp(8, 16), (16,))
     peers = {name: build(name, task) for name in names}
     check_agree({name: losses_of(peer.step, peer.fresh(), batch, 3) for name, peer in peers.items()})
-    loops = {name: Loop(peer, batch, STEPS) for name, peer in peers.items()}
+    loops = {name: stepper(peer, batch, STEPS) for name, peer in peers.items()}
     notes = missing() if effort.name != "smoke" else {}
     yield timed("MLP, every peer", loops, effort, tell, per=STEPS, bounds={OURS: 1.02}, notes=notes)
     for leaves in effort.of(smoke=[10], quick=[10, 100, 1000], full=[10, 30, 100, 300, 1000, 3000, 10_000]):

@@ -6,26 +6,21 @@ Bytes as XLA assigns them, so the numbers are exact. For microbatches see `accum
 from collections.abc import Iterator
 
 import jax
-import optax
-
-import flaxsplit as fs
 
 from ._measure import HAND, OURS, Effort, Row, Tell, memory_of
-from ._models import DenseNorm, batch_of, by_hand, ours, start
+from ._models import batch_of
+from ._nets import mlp
+from ._peers import Task, build
 
 
 def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     """Reads XLA's buffer assignment."""
-    tx = optax.adam(1e-3)
     for width in effort.of(smoke=[16], quick=[64, 512], full=[64, 512, 2048]):
-        model, batch = DenseNorm(width=width), batch_of(256, width)
-        carry = start(model, tx, batch[0])
         tell(f"width {width}")
-        found = {
-            HAND: memory_of(jax.jit(by_hand(model, tx), donate_argnums=0), carry, batch),
-            OURS: memory_of(fs.jit_step(ours(model, tx)), carry, batch),
-        }
-        held = float(sum(leaf.nbytes for leaf in jax.tree.leaves(carry)))
+        task, batch = Task(mlp(8, width), (width,)), batch_of(256, width)
+        peers = {name: build(name, task) for name in (HAND, OURS)}
+        found = {name: memory_of(peer.step, peer.fresh(), batch) for name, peer in peers.items()}
+        held = float(sum(leaf.nbytes for leaf in jax.tree.leaves(peers[OURS].fresh())))
         temporary = {name: [float(each.temp_size_in_bytes)] for name, each in found.items()}
         aliased = {name: [float(each.alias_size_in_bytes)] for name, each in found.items()}
         yield Row(f"temporary, width {width}", "bytes", temporary, bounds={OURS: 1.0}, x=width)

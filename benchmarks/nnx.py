@@ -5,7 +5,6 @@ shows what nesting costs JAX; beside it are NNX's own ways, `nnx.jit`, and `nnx.
 module once and not at every call.
 """
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,43 +14,18 @@ from flax import nnx
 
 import flaxsplit as fs
 
+from . import _nets as nets
 from ._measure import AGAIN, HAND, OURS, Effort, Row, Run, Tell, timed
 from ._models import Stepper, batch_of, copy, loss_of
+from ._peers import BEST, CACHED, NNX, Task, build, stepper
 
 STEPS = 20
 WIDTH = 16
 
 
-class DenseNorm(nnx.Module):
-    """`layers` times Linear, BatchNorm and relu: the model of `dispatch`, in NNX."""
-
-    def __init__(self, layers: int = 8, *, rngs: nnx.Rngs) -> None:
-        """Makes the layers, each under a name of its own, which every version of NNX takes."""
-        self.layers = layers
-        for i in range(layers):
-            setattr(self, f"linear_{i}", nnx.Linear(WIDTH, WIDTH, rngs=rngs))
-            setattr(self, f"norm_{i}", nnx.BatchNorm(WIDTH, rngs=rngs))
-        self.head = nnx.Linear(WIDTH, 1, rngs=rngs)
-
-    def __call__(self, x: Any) -> Any:
-        """Maps `[batch, WIDTH]` to `[batch, 1]`."""
-        for i in range(self.layers):
-            x = nnx.relu(getattr(self, f"norm_{i}")(getattr(self, f"linear_{i}")(x)))
-        return self.head(x)
-
-
-class NnxStepper:
-    """Runs a step that changes model and optimizer in place, as NNX's do."""
-
-    def __init__(self, step: Any, batch: Any) -> None:
-        self.step, self.batch = step, batch
-
-    def __call__(self) -> Any:
-        """Takes the steps; the last loss needs all steps before it."""
-        loss = None
-        for _ in range(STEPS):
-            loss = self.step(self.batch)
-        return loss
+def module() -> nets.Nnx:
+    """The model of `dispatch`, in NNX."""
+    return nets.Nnx(nets.mlp(8, WIDTH), WIDTH, rngs=nnx.Rngs(0))
 
 
 def flat(tree: Any, path: str = "") -> dict[str, Any]:
@@ -78,7 +52,7 @@ def same(tree: dict[str, Any]) -> dict[str, Any]:
 def by_hand(tx: optax.GradientTransformation, take: Any = flat, give: Any = nested) -> tuple[Any, fs.Carry]:
     """The functional API of NNX inside a plain `jax.jit`, over dicts of arrays; the step and its carry."""
     split: Any = nnx.split  # its types are too narrow for mypy
-    graphdef, params, stats = split(DenseNorm(rngs=nnx.Rngs(0)), nnx.Param, ...)
+    graphdef, params, stats = split(module(), nnx.Param, ...)
 
     def step(carry: Any, batch: Any) -> Any:
         count, params, stats, opt_state = carry
@@ -97,7 +71,7 @@ def by_hand(tx: optax.GradientTransformation, take: Any = flat, give: Any = nest
 
 def ours(tx: optax.GradientTransformation) -> tuple[Any, fs.Carry]:
     """The same out of combinators."""
-    fn, params, state = fs.from_nnx(DenseNorm(rngs=nnx.Rngs(0)))
+    fn, params, state = fs.from_nnx(module())
 
     def loss_fn(params: Any, state: Any, batch: Any) -> Any:
         pred, state = fn(params, state, batch[0])
@@ -106,34 +80,19 @@ def ours(tx: optax.GradientTransformation) -> tuple[Any, fs.Carry]:
     return fs.with_optimizer(loss_fn, tx), fs.init_carry(params, state, tx)
 
 
-def nnx_step(tx: optax.GradientTransformation) -> tuple[Any, Any, Any]:
-    """The step of NNX's guide with its model and optimizer."""
-    model = DenseNorm(rngs=nnx.Rngs(0))
-    optimizer: Any = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    takes_model = "model" in inspect.signature(optimizer.update).parameters  # flax 0.11
-
-    def train_step(model: Any, optimizer: Any, batch: Any) -> Any:
-        loss, grads = nnx.value_and_grad(lambda model: loss_of(model(batch[0]), batch[1]))(model)
-        optimizer.update(model, grads) if takes_model else optimizer.update(grads)
-        return loss
-
-    return nnx.jit(train_step, donate_argnums=(0, 1)), model, optimizer
-
-
 def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     """By hand twice over flat dicts and once over nested ones, ours, and NNX's two, twenty steps at a time."""
     tx, batch = optax.adam(1e-3), batch_of(width=WIDTH)
     hand, carry = by_hand(tx)
     nested_hand, nested_carry = by_hand(tx, same, same)
     step, our_carry = ours(tx)
-    whole, model, optimizer = nnx_step(tx)
-    cached, *held = nnx_step(tx)
+    task = Task(nets.mlp(8, WIDTH), (WIDTH,))
     contenders: dict[str, Run] = {
         HAND: Stepper(jax.jit(hand, donate_argnums=0), copy(carry), batch, STEPS),
         AGAIN: Stepper(jax.jit(lambda carry, batch: hand(carry, batch), donate_argnums=0), copy(carry), batch, STEPS),
         "by hand, nested dicts": Stepper(jax.jit(nested_hand, donate_argnums=0), nested_carry, batch, STEPS),
         OURS: Stepper(fs.jit_step(step), our_carry, batch, STEPS),
-        "nnx.jit": NnxStepper(lambda batch: whole(model, optimizer, batch), batch),
-        "nnx.cached_partial": NnxStepper(nnx.cached_partial(cached, *held), batch),
+        NNX: stepper(build(NNX + BEST, task), batch, STEPS),
+        CACHED: stepper(build(CACHED + BEST, task), batch, STEPS),
     }
     yield timed("NNX MLP, 8 layers", contenders, effort, tell, per=STEPS, bounds={OURS: 1.05})

@@ -6,11 +6,9 @@ are unavoidable where two things are computed: train and eval, a static flag tha
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 import flaxsplit as fs
 
 from . import _nets as nets
-from ._measure import HAND, OURS, Effort, Row, Tell
+from ._measure import HAND, OURS, Effort, Row, Tell, elsewhere
 from ._peers import (
     BEST,
     CACHED,
@@ -269,20 +267,10 @@ def cell(name: str, scenario: Scenario) -> tuple[tuple[int, int] | None, str]:
     return (traces, compiles), f"{scenario.more}{': ' * bool(why)}{why}"
 
 
-def elsewhere(names: Sequence[str]) -> dict[str, Any]:
-    """The cells that need eight devices, in a process of its own that has them, virtual ones."""
+def on_devices(names: Sequence[str]) -> dict[str, Any]:
+    """The cells that need eight devices, in a process that has them, virtual ones."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, *names],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"benchmarks: the process with {DEVICES} devices failed:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = elsewhere(__name__, *names, JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
     return found
 
 
@@ -294,7 +282,7 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     check_agree({name: losses_of(peer.step, peer.fresh(), BATCH) for name, peer in plain.items()})
     for title, scenario in SCENARIOS.items():
         tell(title)
-        cells = elsewhere(names) if title == MESH else {name: cell(name, scenario) for name in names}
+        cells = on_devices(names) if title == MESH else {name: cell(name, scenario) for name in names}
         notes = {name: words for name, (_, words) in cells.items()} | {
             name: words for name, words in missing().items() if effort.name != "smoke"
         }

@@ -13,7 +13,7 @@ import optax
 import flaxsplit as fs
 
 from ._measure import Effort, Row, Tell, timed
-from ._models import DenseNorm, Stepper, batch_of, copy, ours, start
+from ._models import Stepper, batch_of, copy, dense_norm, ours, start
 
 EACH = "one dispatch per step"
 
@@ -28,7 +28,7 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
 
 def _against_steps(width: int, sizes: list[int], effort: Effort, tell: Tell) -> Iterator[Row]:
     tx, batch = optax.adam(1e-3), batch_of(width=width)
-    model = DenseNorm(width=width)
+    model = dense_norm(width=width)
     carry = start(model, tx, batch[0])
     step = ours(model, tx)
     each = fs.jit_step(step)

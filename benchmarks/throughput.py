@@ -15,7 +15,20 @@ import optax
 
 from . import _nets as nets
 from ._measure import AGAIN, HAND, OURS, Effort, Row, Run, Tell, in_turn, seconds, timed
-from ._peers import BEST, EQUINOX, HAIKU, NNX, TRAIN_STATE, Loop, Task, build, check_agree, losses_of, missing, present
+from ._peers import (
+    BEST,
+    EQUINOX,
+    HAIKU,
+    NNX,
+    TRAIN_STATE,
+    Task,
+    build,
+    check_agree,
+    losses_of,
+    missing,
+    present,
+    stepper,
+)
 
 BESTS = (OURS, HAND, TRAIN_STATE + BEST, NNX + BEST, EQUINOX + BEST, HAIKU + BEST)
 CLASSES = 1000
@@ -106,7 +119,7 @@ def started(names: list[str], task: Task, batch: Any, tell: Tell) -> tuple[dict[
             peer = build(name, calm)
             losses[name] = losses_of(peer.step, peer.fresh(), few if task.draws else batch, 2)
             peer = build(name, task) if task.draws else peer
-            contenders[name] = Loop(peer, batch)
+            contenders[name] = stepper(peer, batch)
             contenders[name]()
         except Exception as error:  # whatever another library says
             if name in (OURS, HAND):
@@ -116,7 +129,7 @@ def started(names: list[str], task: Task, batch: Any, tell: Tell) -> tuple[dict[
         check_agree({HAND: losses[HAND], **losses}, 1e-2)
     else:  # roundings of bf16 go their own ways from the first update on
         check_agree({HAND: losses[HAND][:1], **{name: each[:1] for name, each in losses.items()}}, 5e-2)
-    return contenders | {AGAIN: Loop(build(HAND, task), batch)}, notes
+    return contenders | {AGAIN: stepper(build(HAND, task), batch)}, notes
 
 
 def cost_of(task: Task, batch: Any) -> Mapping[str, float]:

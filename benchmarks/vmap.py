@@ -7,7 +7,7 @@ import optax
 import flaxsplit as fs
 
 from ._measure import AGAIN, HAND, OURS, Effort, Row, Tell, timed
-from ._models import DenseNorm, Stepper, batch_of, copy, ours, ours_vmapped, start
+from ._models import Stepper, batch_of, copy, dense_norm, ours, ours_vmapped, start
 
 
 def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
@@ -15,7 +15,7 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     tx = optax.sgd(1e-2)
     for width in effort.of(smoke=[16], quick=[256], full=[64, 256, 1024]):
         batch = batch_of(256, width)
-        batched, single = DenseNorm(layers=4, width=width), DenseNorm(layers=4, width=width, axis_name="batch")
+        batched, single = dense_norm(layers=4, width=width), dense_norm(layers=4, width=width, axis_name="batch")
         carry = start(batched, tx, batch[0])
         contenders = {
             HAND: Stepper(fs.jit_step(ours(batched, tx)), copy(carry), batch, 5),
