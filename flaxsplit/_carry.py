@@ -9,7 +9,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ._checks import check_tx, checked
+from ._checks import check_leaves, check_tx, checked
 from ._describe import (
     Difference,
     alike,
@@ -64,18 +64,20 @@ def init_carry(params: AnyParams, state: Tree, tx: optax.GradientTransformation)
 
 
 def _owned(tree: T, name: str) -> T:
-    leaves = keyed_leaves(tree, name).items()
-    strange = [f"{path}: {kind_of(leaf)}" for path, leaf in leaves if not is_numeric(leaf) or is_deleted(leaf)]
-    if strange:
-        raise SignatureError(
-            "init_carry(params, state, tx)",
-            "every leaf must be an array or a number",
-            strange,
-            "a function, a string, an abstract value, a donated array or another object is in the tree",
-            "keep what does not change in the closure of the step; for an abstract carry, jax.eval_shape of init_carry",
-        )
+    check_leaves(
+        "init_carry(params, state, tx)",
+        "every leaf must be an array or a number",
+        keyed_leaves(tree, name),
+        _is_given,
+        "a function, a string, an abstract value, a donated array or another object is in the tree",
+        "keep what does not change in the closure of the step; for an abstract carry, jax.eval_shape of init_carry",
+    )
     owned: T = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jax.typeof(leaf).dtype, copy=True), tree)
     return owned
+
+
+def _is_given(leaf: Any) -> bool:
+    return is_numeric(leaf) and not is_deleted(leaf)
 
 
 def _placed(carry: Carry) -> Carry:
@@ -146,15 +148,14 @@ def adopt_carry(restored: Any, like: T) -> T:
         CollectionError: leaves are missing, left over, deleted, or of another shape or dtype; names every one.
         SignatureError: a leaf of `like` is no array.
     """
-    strange = [f"{path}: {describe(leaf)}" for path, leaf in keyed_leaves(like, "like").items() if not is_array(leaf)]
-    if strange:
-        raise SignatureError(
-            "adopt_carry(restored, like)",
-            "every leaf of like must say its shape and dtype",
-            strange,
-            "restored and like were swapped, or like is no carry",
-            "adopt_carry(restored, init_carry(params, state, tx))",
-        )
+    check_leaves(
+        "adopt_carry(restored, like)",
+        "every leaf of like must say its shape and dtype",
+        keyed_leaves(like, "like"),
+        is_array,
+        "restored and like were swapped, or like is no carry",
+        "adopt_carry(restored, init_carry(params, state, tx))",
+    )
     wanted, treedef = jax.tree_util.tree_flatten_with_path(like)
     found, wrong, used = {}, [], set()
     for path, leaf in wanted:
@@ -164,7 +165,7 @@ def adopt_carry(restored: Any, like: T) -> T:
         value = _unwrapped(value, leaf)
         if value is _NOTHING:
             wrong.append(Difference(name, describe(leaf), "absent"))
-        elif not is_numeric(value) or is_deleted(value):
+        elif not _is_given(value):
             wrong.append(Difference(name, describe(leaf), kind_of(value)))
         elif _type_of(value) != _type_of(leaf):
             wrong.append(Difference(name, describe(leaf), describe(strong(value) if not is_array(value) else value)))

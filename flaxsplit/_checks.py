@@ -10,12 +10,12 @@ import importlib
 import inspect
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 import jaxtyping
 
-from ._describe import describe
+from ._describe import describe, kind_of
 from ._errors import Explained, SignatureError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -39,6 +39,21 @@ def check_function(where: str, name: str, fn: Any, fix: str) -> None:
     check_form(where, name, fn, fits, "a function, and no module or class", fix)
 
 
+def check_leaves(
+    where: str,
+    required: str,
+    leaves: Mapping[str, Any],
+    fits: Callable[[Any], bool],
+    cause: str,
+    fix: str,
+    say: Callable[[Any], str] = kind_of,
+) -> None:
+    """Fails where leaves are not what is required; names every one by its key path."""
+    strange = [f"{path}: {say(leaf)}" for path, leaf in leaves.items() if not fits(leaf)]
+    if strange:
+        raise SignatureError(where, required, strange, cause, fix)
+
+
 def check_tx(where: str, tx: Any) -> None:
     """Fails where an optax transformation is due."""
     fits = callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)) and not isinstance(tx, type)
@@ -47,9 +62,14 @@ def check_tx(where: str, tx: Any) -> None:
 
 def check_axis_name(where: str, option: str, axis_name: Any) -> None:
     """Fails where the name of an axis, or names, are due."""
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    fits = bool(names) and all(isinstance(name, str) for name in names)
+    names = names_of(axis_name)
+    fits = isinstance(names, tuple) and bool(names) and all(isinstance(name, str) for name in names)
     check_form(where, option, axis_name, fits, "the name of an axis, or a tuple of names", f"{option}='batch'")
+
+
+def names_of(axis_name: Any) -> Any:
+    """The name of an axis, or names, as names."""
+    return (axis_name,) if isinstance(axis_name, str) else axis_name
 
 
 def check_count(where: str, count: Any) -> None:

@@ -44,7 +44,7 @@ class StateDriftError(Explained, TypeError):
 
 
 class UnsyncedStateError(Explained, ValueError):
-    """`vmap_stateful`: a state leaf that all lanes share came out different per lane."""
+    """A state leaf that all lanes of `vmap_stateful`, or all devices of a mesh axis, share came out different."""
 
 
 class RetraceError(Explained, RuntimeError):

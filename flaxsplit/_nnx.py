@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import Literal
 
-from ._checks import check_form, checked
-from ._describe import ABSENT, Difference, describe, is_array, kind_of, wraps
+from ._checks import check_form, check_leaves, checked
+from ._describe import ABSENT, Difference, describe, is_array, wraps
 from ._errors import CollectionError, SignatureError, StateDriftError
 from ._filters import Path, choose, flatten, joined, keyed, unflatten
 from ._mutable import HIDDEN
@@ -419,19 +419,14 @@ def _check_module(where: str, module: Any) -> None:
 
 
 def _check_concrete(slots: list[_Slot], leaves: list[Any]) -> None:
-    strange = [
-        f"{joined(slot.path)}: {kind_of(leaf)}"
-        for slot, leaf in zip(slots, leaves, strict=True)
-        if isinstance(leaf, jax.ShapeDtypeStruct)
-    ]
-    if strange:
-        raise SignatureError(
-            "from_nnx(module)",
-            "every variable must have a value",
-            strange,
-            "the module was made by nnx.eval_shape and not filled",
-            "from_nnx(Model(..., rngs=nnx.Rngs(0))), or nnx.update(module, state) before",
-        )
+    check_leaves(
+        "from_nnx(module)",
+        "every variable must have a value",
+        {joined(slot.path): leaf for slot, leaf in zip(slots, leaves, strict=True)},
+        lambda leaf: not isinstance(leaf, jax.ShapeDtypeStruct),
+        "the module was made by nnx.eval_shape and not filled",
+        "from_nnx(Model(..., rngs=nnx.Rngs(0))), or nnx.update(module, state) before",
+    )
 
 
 def _is_inexact(leaf: Any) -> bool:

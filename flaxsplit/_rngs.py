@@ -6,7 +6,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from ._checks import check_axis_name, check_function, checked
+from ._checks import check_axis_name, check_function, checked, names_of
 from ._describe import describe, is_array, wraps
 from ._errors import CollectionError, SignatureError
 from ._split import check_halves
@@ -122,8 +122,7 @@ def is_bound(axis_name: AxisName) -> bool:
 def check_bound(where: str, axis_name: AxisName) -> None:
     """Fails where an axis that is to be averaged or drawn over is none."""
     check_axis_name(where, "axis_name", axis_name)
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    unbound = [name for name in names if not is_bound(name)]
+    unbound = [name for name in names_of(axis_name) if not is_bound(name)]
     if unbound:
         raise SignatureError(
             where,

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._checks import check_function, checked, two_of
+from ._checks import check_function, check_leaves, checked, two_of
 from ._describe import (
     Difference,
     describe,
@@ -13,12 +13,11 @@ from ._describe import (
     is_array,
     is_numeric,
     keyed_leaves,
-    kind_of,
     plain,
     same_structure,
     strong,
 )
-from ._errors import SignatureError, StateDriftError
+from ._errors import StateDriftError
 from ._split import check_halves
 from ._types import AnyParams, State, Stateful, Tree
 
@@ -58,15 +57,14 @@ def _settled(fn: Stateful[..., Any], params: AnyParams, state: Tree, args: Any, 
     where = "settle_state(fn, params, state, ...)"
     check_function(where, "fn", fn, "settle_state(with_mutable(model), params, state, x)")
     check_halves(where, params, state)
-    strange = [f"{path}: {kind_of(leaf)}" for path, leaf in _named(params, state) if not _has_shape(leaf)]
-    if strange:
-        raise SignatureError(
-            where,
-            "every leaf must be an array, a number, or a jax.ShapeDtypeStruct",
-            strange,
-            "a function, a string or another object is in the tree",
-            "params, state = split_params(module.init(key, x))",
-        )
+    check_leaves(
+        where,
+        "every leaf must be an array, a number, or a jax.ShapeDtypeStruct",
+        keyed_leaves(params, "params") | keyed_leaves(state, "state"),
+        _has_shape,
+        "a function, a string or another object is in the tree",
+        "params, state = split_params(module.init(key, x))",
+    )
     start = plain(state)
     before = now = jax.tree.map(_shape_of, start)
     for _ in range(_MOST_ROUNDS):
@@ -78,10 +76,6 @@ def _settled(fn: Stateful[..., Any], params: AnyParams, state: Tree, args: Any, 
             return _reached(start, now)
     cause = f"they still change after {_MOST_ROUNDS} rounds: does each call append?"
     raise _unsettled(differences(before, now, "state"), "shapes must reach a fixed point", cause)
-
-
-def _named(params: Any, state: Any) -> list[tuple[str, Any]]:
-    return [*keyed_leaves(params, "params").items(), *keyed_leaves(state, "state").items()]
 
 
 def _has_shape(leaf: Any) -> bool:

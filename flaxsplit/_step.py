@@ -12,18 +12,8 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from ._carry import check_drift
-from ._checks import check_count, check_form, check_function, check_tx, checked, two_of
-from ._describe import (
-    abstract,
-    describe,
-    differences,
-    is_array,
-    is_numeric,
-    keyed_leaves,
-    kind_of,
-    same_structure,
-    wraps,
-)
+from ._checks import check_count, check_form, check_function, check_leaves, check_tx, checked, names_of, two_of
+from ._describe import abstract, describe, differences, is_array, is_numeric, keyed_leaves, same_structure, wraps
 from ._errors import CollectionError, SignatureError, UnsyncedStateError
 from ._rngs import check_bound
 from ._types import AxisName, Carry, JittedStep, LossFn, Step
@@ -210,7 +200,7 @@ def _check_synced(before: Any, after: Any, axis_name: AxisName) -> None:
 
     JAX says only that an `out_specs` is wrong, and advises `check_vma=False`: each device would keep its own, unseen.
     """
-    names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
+    names = set(names_of(axis_name))
     old, new = keyed_leaves(before, "state"), keyed_leaves(after, "state")
     strange = [f"{path}: differs per device" for path, leaf in new.items() if names & _marks(leaf) - _marks(old[path])]
     if strange:
@@ -228,7 +218,7 @@ def _varying(tree: Any, axis_name: AxisName | None) -> Any:
 
     The axes of `vmap` and `pmap` have no such marks: there nothing is summed by itself.
     """
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    names = names_of(axis_name) or ()
     manual = getattr(jax.sharding.get_abstract_mesh(), "manual_axes", names)
 
     def mark(leaf: Any) -> Any:
@@ -311,15 +301,14 @@ def _check_carry(carry: Any) -> None:
             "params were passed, or what a checkpoint gave back was not adopted",
             "init_carry(params, state, tx), or adopt_carry(restored, carry)",
         )
-    if not all(map(is_numeric, jax.tree.leaves(carry))):
-        leaves = keyed_leaves(carry, "carry").items()
-        raise SignatureError(
-            "step(carry, batch)",
-            "every leaf of the carry must be an array or a number",
-            [f"{path}: {kind_of(leaf)}" for path, leaf in leaves if not is_numeric(leaf)],
-            "the carry was put together by hand",
-            "init_carry(params, state, tx)",
-        )
+    check_leaves(
+        "step(carry, batch)",
+        "every leaf of the carry must be an array or a number",
+        keyed_leaves(carry, "carry"),
+        is_numeric,
+        "the carry was put together by hand",
+        "init_carry(params, state, tx)",
+    )
     if not (is_array(carry.step) or isinstance(carry.step, int)) or jnp.shape(carry.step):
         raise SignatureError(
             "step(carry, batch)",
@@ -328,15 +317,15 @@ def _check_carry(carry: Any) -> None:
             "the carry was put together by hand",
             "init_carry(params, state, tx)",
         )
-    if not all(map(_is_differentiable, jax.tree.leaves(carry.params))):
-        params = keyed_leaves(carry.params, "carry.params").items()
-        raise SignatureError(
-            "with_optimizer(loss_fn, tx)",
-            "every param must be differentiable: of a floating or complex dtype",
-            [f"{path}: {describe(leaf)}" for path, leaf in params if not _is_differentiable(leaf)],
-            "counters or keys were split off as params",
-            "split_params(variables, trainable=lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.inexact))",
-        )
+    check_leaves(
+        "with_optimizer(loss_fn, tx)",
+        "every param must be differentiable: of a floating or complex dtype",
+        keyed_leaves(carry.params, "carry.params"),
+        _is_differentiable,
+        "counters or keys were split off as params",
+        "split_params(variables, trainable=lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.inexact))",
+        say=describe,
+    )
 
 
 def _is_differentiable(leaf: Any) -> bool:
@@ -555,17 +544,12 @@ def _pinned(shardings: Any) -> dict[str, Any]:
 
 
 def _shardings(like: Any) -> Any:
-    strange = [
-        f"{path}: {kind_of(leaf)}"
-        for path, leaf in keyed_leaves(like, "like").items()
-        if getattr(leaf, "sharding", None) is None
-    ]
-    if strange:
-        raise SignatureError(
-            "jit_step(like=...)",
-            "every leaf of like must say its sharding",
-            strange,
-            "abstract values without a sharding, NumPy arrays or numbers",
-            "jit_step(step, like=init_carry(params, state, tx))",
-        )
+    check_leaves(
+        "jit_step(like=...)",
+        "every leaf of like must say its sharding",
+        keyed_leaves(like, "like"),
+        lambda leaf: getattr(leaf, "sharding", None) is not None,
+        "abstract values without a sharding, NumPy arrays or numbers",
+        "jit_step(step, like=init_carry(params, state, tx))",
+    )
     return jax.tree.map(lambda leaf: leaf.sharding, like)

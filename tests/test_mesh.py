@@ -103,13 +103,18 @@ def test_every_optimizer_on_a_mesh(name: str) -> None:
     assert_close((sharded, loss), (single, expected))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_model_on_a_mesh(name: str) -> None:
+def averaged(name: str) -> tuple[Any, Any]:
+    """The step and the carry of one model, with momentum and an average."""
     apply, variables = MODELS[name]()
     params, state = fs.split_params(variables)
     state |= fs.rng_state(dropout=jax.random.key(1)) if name == "Dropping" else {}
-    single = fs.init_carry(params, state | {"ema": params}, SGD)
     step = fs.with_ema(fs.with_optimizer(loss_of(apply), SGD), decay=0.9)
+    return step, fs.init_carry(params, state | {"ema": params}, SGD)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_on_a_mesh(name: str) -> None:
+    step, single = averaged(name)
     sharded = jax.device_put(single, by_shape(LINE, single))
     sharded, loss = run(step, sharded, jax.device_put(BATCH, on(LINE, "data")), like=sharded)
     single, expected = run(step, single, BATCH)

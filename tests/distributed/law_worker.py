@@ -30,7 +30,7 @@ import flaxsplit as fs  # noqa: E402
 from tests import test_mesh as mesh_tests  # noqa: E402
 from tests.models import MLP, structure  # noqa: E402
 from tests.strategies import OPTIMIZERS  # noqa: E402
-from tests.test_traces import MODELS, loss_of  # noqa: E402
+from tests.test_traces import MODELS  # noqa: E402
 
 CHECKED, STEPS = 4, 20
 LINE, on = mesh_tests.LINE, mesh_tests.on
@@ -126,11 +126,7 @@ def of_optimizer(name: str) -> Case:
 
 def of_model(name: str) -> Case:
     """One model, with momentum and an average."""
-    apply, variables = MODELS[name]()
-    params, state = fs.split_params(variables)
-    state |= fs.rng_state(dropout=jax.random.key(1)) if name == "Dropping" else {}
-    single = fs.init_carry(params, state | {"ema": params}, SGD)
-    step = fs.with_ema(fs.with_optimizer(loss_of(apply), SGD), decay=0.9)
+    step, single = mesh_tests.averaged(name)
     return Case(step, single, mesh_tests.by_shape(LINE, single))
 
 
