@@ -30,9 +30,10 @@ def loss_of(pred: Any, y: Any) -> Any:
     return optax.l2_loss(pred, y).mean()
 
 
-def ours(model: nn.Module, tx: optax.GradientTransformation, *, microbatches: int = 1) -> Any:
-    """The same step out of combinators."""
-    apply = fs.with_mutable(model)
+def ours(model: Any, tx: optax.GradientTransformation, *, microbatches: int = 1, mapped: bool = False) -> Any:
+    """The step out of combinators, of a module or its `apply`; `mapped` if it is written for one example."""
+    apply: Any = fs.with_mutable(model)
+    apply = fs.vmap_stateful(apply, axis_name="batch") if mapped else apply
 
     def loss_fn(params: Any, state: Any, batch: Any) -> Any:
         x, y = batch
@@ -40,18 +41,6 @@ def ours(model: nn.Module, tx: optax.GradientTransformation, *, microbatches: in
         return loss_of(pred, y), state
 
     return fs.with_optimizer(loss_fn, tx, microbatches=microbatches)
-
-
-def ours_vmapped(model: nn.Module, tx: optax.GradientTransformation) -> Any:
-    """The step of a model written for one example."""
-    apply = fs.vmap_stateful(fs.with_mutable(model), axis_name="batch")
-
-    def loss_fn(params: Any, state: Any, batch: Any) -> Any:
-        x, y = batch
-        pred, state = apply(params, state, x)
-        return loss_of(pred, y), state
-
-    return fs.with_optimizer(loss_fn, tx)
 
 
 def start(model: nn.Module, tx: optax.GradientTransformation, x: Any) -> fs.Carry:

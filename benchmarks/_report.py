@@ -229,18 +229,19 @@ def table(results: list[m.Result]) -> str:
         bounded = [(row, name, bound) for row in result.rows for name, bound in row.bounds.items()]
         if not bounded:
             continue
-        ours = [m.ratios(row)[name].value for row, name, _ in bounded]
-        noise = [m.ratios(row)[m.AGAIN].value for row, _, _ in bounded if m.AGAIN in row.samples]
-        promised = ", ".join(sorted({f"at most {bound:.2f}" for _, _, bound in bounded}))
+        ours = [m.ratios(row)[name] for row, name, _ in bounded]
+        noise = [m.ratios(row)[m.AGAIN] for row, _, _ in bounded if m.AGAIN in row.samples]
+        promised = ", ".join(sorted({f"at most {bound:.2f} of {row.baseline}" for row, _, bound in bounded}))
         lines.append(f"| {result.claim} | {promised} | {_span(ours)} | {_span(noise)} | {len(bounded)} |")
     return "\n".join(lines)
 
 
-def _span(values: list[float]) -> str:
-    if not values:
+def _span(found: list[m.Ratio]) -> str:
+    """From the lowest to the highest, which shows its interval."""
+    if not found:
         return ""
-    low, high = f"{min(values):.3f}", f"{max(values):.3f}"
-    return low if low == high else f"{low} to {high}"
+    low, high = (f"{end(found, key=lambda ratio: ratio.value)}" for end in (min, max))
+    return high if low == high else f"{low.split()[0]} to {high}"
 
 
 def readme(text: str, folder: pathlib.Path = RESULTS) -> str:

@@ -50,7 +50,7 @@ def many_leaves(leaves: int) -> tuple[Any, Any, fs.Carry, Any]:
 
 
 def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
-    """By hand twice and ours, twenty steps at a time."""
+    """By hand twice and ours, twenty steps at a time; fewer where a step takes long."""
     batch, task = batch_of(width=16), Task(nets.mlp(8, 16), (16,))
     mlp = {name: stepper(build(kind, task), batch, STEPS) for name, kind in SAME.items()}
     yield timed("MLP, 8 layers", mlp, effort, tell, per=STEPS, bounds={OURS: 1.02})
@@ -62,12 +62,13 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     yield timed("MLP, every peer", loops, effort, tell, per=STEPS, bounds={OURS: 1.02}, notes=notes)
     for leaves in effort.of(smoke=[10], quick=[10, 100, 1000], full=[10, 30, 100, 300, 1000, 3000, 10_000]):
         hand, mine, carry, given = many_leaves(leaves)
+        steps = max(1, min(STEPS, 2000 // leaves))
         yield timed(
             f"{leaves} leaves",
-            contenders(hand, mine, carry, given, STEPS),
+            contenders(hand, mine, carry, given, steps),
             effort,
             tell,
-            per=STEPS,
+            per=steps,
             bounds={OURS: 1.02},
             x=leaves,
         )

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from ._measure import Effort, Row, Tell
+from ._measure import OURS, Effort, Row, Tell
 
+PROMISED = "50 ms"
 CODE = """
 import time, jax, flax, flax.linen, optax, jaxtyping
 began = time.perf_counter()
@@ -19,10 +20,11 @@ print(time.perf_counter() - began)
 
 def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     """Seconds in new processes, the files warm in the page cache."""
-    samples = []
+    samples = list[float]()
     count = min(effort.rounds, 20) // 2 + 1
     for i in range(count + 1):
         done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
         samples.append(float(done.stdout))
         tell(f"process {i + 1} of {count + 1}")
-    yield Row("import flaxsplit, over jax, flax and optax", "s", {"flaxsplit": samples[1:]}, "flaxsplit")
+    taken = {PROMISED: [0.05], OURS: samples[1:]}
+    yield Row("import flaxsplit, over jax, flax and optax", "s", taken, PROMISED, bounds={OURS: 1.0})
