@@ -65,17 +65,19 @@ def main(arguments: list[str] | None = None) -> int:
 
     out = options.out or (HERE / "results" / m.folder_name() if options.effort == "full" else None)
     began = time.perf_counter()
-    claims = options.claims or list(CLAIMS)
+    claims, results = options.claims or list(CLAIMS), list[m.Result]()
     columns = (SpinnerColumn(), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task("", total=len(claims))
         for name in claims:
             warnings.simplefilter("ignore")  # what other libraries deprecate is not ours to report
             result = run(name, m.EFFORTS[options.effort], lambda words: progress.update(task, description=words))
+            results.append(result)
             show(result)
             if out:
                 console.print(f"stored {os.path.relpath(m.store(result, out))}\n")
             progress.advance(task)
+    show_summary(results)
     where = f"results in {os.path.relpath(out)}" if out else "nothing stored: --out DIR does"
     console.print(f"benchmarks: done in {time.perf_counter() - began:.0f} s on {m.about()['device']}, {where}")
     return 0
@@ -166,6 +168,16 @@ def show_matrix(result: m.Result) -> None:
     console.print(table)
     console.print(", ".join(f"{letter}: {name}" for letter, name in zip(letters, names, strict=True)))
     console.print("x: refuses, -: has no such thing, or is not installed; the report has a sentence for each number")
+
+
+def show_summary(results: list[m.Result]) -> None:
+    """Prints a line for each claim that promises something."""
+    table = Table(title="ratios, lowest to highest over the cases of a claim", title_justify="left")
+    for heading in m.SUMMARY:
+        table.add_column(heading, overflow="fold")
+    for line in m.summary(results):
+        table.add_row(*line)
+    console.print(table)
 
 
 if __name__ == "__main__":

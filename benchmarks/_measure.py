@@ -41,7 +41,7 @@ class Effort:
 
 
 _FEWEST = 3
-EFFORTS = {each.name: each for each in (Effort("smoke", _FEWEST, 1), Effort("quick", 40, 6), Effort("full", 300, 20))}
+EFFORTS = {each.name: each for each in (Effort("smoke", _FEWEST, 1), Effort("quick", 40, 5), Effort("full", 300, 20))}
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,28 @@ def verdict(row: Row) -> str:
             word = "holds" if ratio.high <= bound else "broken" if broken else "not decided by this run"
             said.append(f"at most {bound:g}: {word}")
     return "; ".join([*said, *(["difference inside the noise"] if said and inside else [])])
+
+
+SUMMARY = ("claim", "promised", "measured", "the baseline against itself", "cases")
+
+
+def summary(results: Iterable[Result]) -> Iterator[tuple[str, ...]]:
+    """Each bounded claim in a line, over all its cases."""
+    for result in results:
+        bounded = [(row, name, bound) for row in result.rows for name, bound in row.bounds.items()]
+        if bounded:
+            ours = [ratios(row)[name] for row, name, _ in bounded]
+            noise = [ratios(row)[AGAIN] for row, _, _ in bounded if AGAIN in row.samples]
+            promised = ", ".join(sorted({f"at most {bound:.2f} of {row.baseline}" for row, _, bound in bounded}))
+            yield result.claim, promised, _span(ours), _span(noise), str(len(bounded))
+
+
+def _span(found: list[Ratio]) -> str:
+    """From the lowest to the highest, which shows its interval."""
+    if not found:
+        return ""
+    low, high = min(found, key=lambda ratio: ratio.value), max(found, key=lambda ratio: ratio.value)
+    return str(high) if low.value == high.value else f"{low.value:.3f} to {high}"
 
 
 def quartiles(samples: Iterable[float]) -> tuple[float, float, float]:

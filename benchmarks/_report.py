@@ -222,26 +222,23 @@ def _axis(result: m.Result) -> str:
     return words.get(result.claim, "")
 
 
-def table(results: list[m.Result]) -> str:
+def table(results: list[m.Result]) -> Iterator[str]:
     """What the README shows: each bounded claim, over all its cases."""
-    lines = ["| claim | promised | measured | the baseline against itself | cases |", "|---|---|---|---|---|"]
-    for result in results:
-        bounded = [(row, name, bound) for row in result.rows for name, bound in row.bounds.items()]
-        if not bounded:
-            continue
-        ours = [m.ratios(row)[name] for row, name, _ in bounded]
-        noise = [m.ratios(row)[m.AGAIN] for row, _, _ in bounded if m.AGAIN in row.samples]
-        promised = ", ".join(sorted({f"at most {bound:.2f} of {row.baseline}" for row, _, bound in bounded}))
-        lines.append(f"| {result.claim} | {promised} | {_span(ours)} | {_span(noise)} | {len(bounded)} |")
-    return "\n".join(lines)
+    yield f"| {' | '.join(m.SUMMARY)} |"
+    yield "|---" * len(m.SUMMARY) + "|"
+    for line in m.summary(results):
+        yield f"| {' | '.join(line)} |"
 
 
-def _span(found: list[m.Ratio]) -> str:
-    """From the lowest to the highest, which shows its interval."""
-    if not found:
-        return ""
-    low, high = (f"{end(found, key=lambda ratio: ratio.value)}" for end in (min, max))
-    return high if low == high else f"{low.split()[0]} to {high}"
+def speeds(result: m.Result) -> Iterator[str]:
+    """Examples per second of each network by every implementation, and flaxsplit's share of the device's peak."""
+    names = list(dict.fromkeys(name for row in result.rows for name in row.samples if name != m.AGAIN))
+    yield f"| examples/s | {' | '.join(names)} | flaxsplit's share of the peak |"
+    yield "|---" * (len(names) + 2) + "|"
+    for row in result.rows:
+        rates = {name: m.rate(row, name).split("; ", 1) for name in row.samples}
+        numbers = [rates[name][0].removesuffix(" examples/s") if name in rates else "-" for name in names]
+        yield f"| {row.case} | {' | '.join(numbers)} | {rates[m.OURS][1]} |"
 
 
 def readme(text: str, folder: pathlib.Path = RESULTS) -> str:
@@ -258,7 +255,9 @@ def readme(text: str, folder: pathlib.Path = RESULTS) -> str:
         ]
     for results in stored:
         kept = "Median ratios of time (memory: of bytes), lowest to highest over the cases"
-        words += ["", f"{kept}, on {where(results[0].about)}:", "", table(results)]
+        words += ["", f"{kept}, on {where(results[0].about)}:", "", *table(results)]
+        if results[0].about["backend"] != "cpu":  # a real network is what an accelerator is bought for
+            words += ["", *(line for result in results if result.claim == "throughput" for line in speeds(result))]
     return MARK.sub(lambda match: "\n".join([match[1].rstrip(), *words, "", match[2]]), text)
 
 

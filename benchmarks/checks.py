@@ -22,8 +22,9 @@ OFF, CHECKERS, STEPS = "no checks", ("typeguard", "beartype"), 20
 
 def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     """One process after another, each with its own checker."""
-    names = [OFF, *(each for each in CHECKERS if find_spec(each))]
-    notes = {each: f"skipped: {each} is not installed" for each in CHECKERS if not find_spec(each)}
+    wanted = effort.of(smoke=CHECKERS, quick=CHECKERS[:1], full=CHECKERS)
+    names = [OFF, *(each for each in wanted if find_spec(each))]
+    notes = {each: f"skipped: {each} is not installed" for each in wanted if not find_spec(each)}
     samples: dict[str, dict[str, list[float]]] = {"trace": {}, "dispatch": {}}
     for name in in_turn(names, effort, lambda words: None, 5):
         tell(f"a process with {name}")

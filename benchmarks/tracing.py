@@ -5,6 +5,7 @@ Dense and BatchNorm, 2 to 200 layers; each repetition traces a new function, so 
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from ._measure import OURS, SAME, Effort, Row, Tell, in_turn
@@ -23,13 +24,14 @@ WARM, FEW, MANY = 3, 10, 10_000
 def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     """Trace, lower and compile apart, one after another; a trace is quick, so it is taken many times more, alone."""
     batch = batch_of(width=16)
-    for depth in effort.of(smoke=[2], quick=[2, 8, 32], full=[2, 8, 32, 100, 200]):
+    for depth in effort.of(smoke=[2], quick=[2, 32], full=[2, 8, 32, 100, 200]):
         task = Task(mlp(depth, 16), (16,))
         given = {name: (build(kind, task).fresh(), batch) for name, kind in SAME.items()}
+        patient = replace(effort, seconds=effort.seconds * max(1, depth / 40))
         seconds: dict[str, dict[str, list[float]]] = {stage: {name: [] for name in SAME} for stage in STAGES}
         for stages, rounds in (([*STAGES], FEW), (["trace"], MANY)):
             tell(f"{depth} layers, {' and '.join(stages)}")
-            for name in in_turn(SAME, effort, lambda words: None, rounds):
+            for name in in_turn(SAME, patient, lambda words: None, rounds):
                 done: Any = build(SAME[name], task).step
                 for stage in stages:
                     began = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("results")
     done = run("--smoke", "--out", folder)
     assert done.returncode == 0, done.stderr
+    assert "│ recompilation │" not in done.stdout, "no claim promises a ratio of compiles"
+    assert re.search(r"│ memory +│ at most 1\.00", done.stdout)
     assert "benchmarks: done" in done.stdout
     return folder
 
@@ -136,7 +139,16 @@ def test_the_readme_takes_its_tables_from_what_is_stored(folder: pathlib.Path, t
     assert text.endswith("<!-- benchmarks: end -->\nbelow")
     assert "old" not in text
     assert "| shape drift | 1 | 2 |" in text
-    assert "| memory | at most 1.00 | 1.000 |" in text
+    assert "| memory | at most 1.00 of by hand | 1.000 |" in text
+    assert "examples/s" not in text
+    on_gpu = json.loads((tmp_path / "cpu" / "accumulation.json").read_text())
+    on_gpu["about"]["backend"] = "gpu"
+    (tmp_path / "cpu" / "accumulation.json").write_text(json.dumps(on_gpu))
+    words = readme("<!-- benchmarks: begin -->\n<!-- benchmarks: end -->", tmp_path)
+    assert "| examples/s | flaxsplit | by hand | flaxsplit's share of the peak |" in words
+    assert re.search(
+        r"\| MLP.* \| [\d.e+]+ \| [\d.e+]+ \| \d+% of the peak in FLOP; \d+% of the peak in bytes \|", words
+    )
 
 
 def test_two_runs_are_compared(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
