@@ -150,22 +150,30 @@ def plotted(result: m.Result, folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _draw_lines(result: m.Result) -> Any:
-    """Each contender's ratio to the baseline, with its interval, against what the claim varies."""
-    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    lines: dict[str, list[tuple[float, m.Ratio]]] = {}
-    kinds = {_kind(row) for row in result.rows if row.x is not None}
-    for row in result.rows:
-        for name, ratio in m.ratios(row).items() if row.x is not None and row.unit == "s" else ():
-            lines.setdefault(f"{name}, {_kind(row)}" if len(kinds) > 1 else name, []).append((row.x or 0.0, ratio))
-    for name, points in lines.items():
-        xs, found = zip(*sorted(points, key=lambda point: point[0]), strict=True)
-        spread = [[each.value - each.low for each in found], [each.high - each.value for each in found]]
-        axes.errorbar(xs, [each.value for each in found], spread, marker="o", capsize=3, label=name, linewidth=1)
-    axes.axhline(1, color="black", linewidth=0.8)
-    for bound in {bound for row in result.rows for bound in row.bounds.values()}:
-        axes.axhline(bound, color="black", linestyle=":", linewidth=0.8, label=f"promised: {bound:g}")
-    axes.set(xscale="log", xlabel=_axis(result), ylabel=f"time / {result.rows[-1].baseline}", title=result.claim)
-    axes.legend(fontsize="small")
+    """Each contender's ratio to the baseline, with its interval, against what varies; a panel for each kind of case."""
+    rows = _timed(result, along=True)
+    kinds = list(dict.fromkeys(map(_kind, rows)))
+    size = (max(6.4, 3.4 * len(kinds)), 3.8)
+    figure, panels = plt.subplots(1, len(kinds), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for kind, axes in zip(kinds, panels[0], strict=True):
+        lines: dict[str, list[tuple[float, m.Ratio]]] = {}
+        for row in [row for row in rows if _kind(row) == kind]:
+            for name, ratio in m.ratios(row).items():
+                lines.setdefault(name, []).append((row.x or 0.0, ratio))
+        for name, points in lines.items():
+            xs, found = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+            spread = [[each.value - each.low for each in found], [each.high - each.value for each in found]]
+            color = {m.OURS: "tab:blue", m.AGAIN: "silver"}.get(name, "tab:orange")
+            axes.errorbar(xs, [each.value for each in found], spread, marker="o", capsize=3, label=name, color=color)
+        axes.axhline(1, color="black", linewidth=0.8)
+        for bound in sorted({bound for row in rows if _kind(row) == kind for bound in row.bounds.values()}):
+            axes.axhline(bound, color="black", linestyle=":", linewidth=0.8, label=f"promised: {bound:g}")
+        axes.set(xscale="log", xlabel=_axis(result), title=kind if len(kinds) > 1 else result.claim)
+        at = sorted({x for points in lines.values() for x, _ in points})
+        axes.set_xticks(at, [f"{x:g}" for x in at])
+        axes.minorticks_off()
+        axes.legend(fontsize="small")
+    panels[0][0].set_ylabel(f"time / {rows[0].baseline}")
     return figure
 
 
@@ -189,8 +197,8 @@ def _draw_bars(result: m.Result) -> Any:
     axes.set_yticks(ticks, names, fontsize=7)
     wide = max(ratio.high for *_, ratio in bars) > 4
     axes.set(xlabel=f"time / {rows[0].baseline}", title=result.claim, xscale="log" if wide else "linear")
-    axes.margins(x=0.12, y=0.01)
-    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_ylim(at - 0.3, -0.8)  # from above
     return figure
 
 
@@ -214,7 +222,7 @@ def _draw_matrix(result: m.Result) -> Any:
 
 def _kind(row: m.Row) -> str:
     """What a case is called without the number that it varies."""
-    return re.sub(r"^[\d ]*(steps, |leaves)?|, \d+ layers$", "", row.case) or row.case.split()[-1]
+    return re.sub(r"^(width )?[\d ]*(steps|leaves)?(, )?|, \d+ layers$", "", row.case) or row.case.split()[-1]
 
 
 def _axis(result: m.Result) -> str:
