@@ -131,12 +131,9 @@ def show(result: m.Result) -> None:
     for heading in ("case", "median", "quartiles", "ratio, 95 % interval"):
         table.add_column(heading, overflow="fold")
     for row in result.rows:
-        found = m.ratios(row)
         table.add_row(f"[bold]{row.case}", end_section=False)
-        for name, samples in row.samples.items():
-            low, middle, high = (m.told(value, row.unit) for value in m.quartiles(samples))
-            ratio = str(found[name]) if name in found else "1" if len(row.samples) > 1 else ""
-            table.add_row(f"  {name}", middle, f"{low} - {high}" if len(samples) > 1 else "exact", ratio)
+        for name, *told in m.contenders(row):
+            table.add_row(f"  {name}", *told)
             if row.work:
                 table.add_row("", "", "", f"[dim]{m.rate(row, name)}")
         for name, words in row.notes.items():
@@ -177,7 +174,8 @@ def show_summary(results: list[m.Result]) -> None:
         table.add_column(heading, overflow="fold")
     for line in m.summary(results):
         table.add_row(*line)
-    console.print(table)
+    if table.row_count:
+        console.print(table)
 
 
 if __name__ == "__main__":

@@ -186,6 +186,14 @@ def quartiles(samples: Iterable[float]) -> tuple[float, float, float]:
     return float(low), float(middle), float(high)
 
 
+def contenders(row: Row) -> Iterator[tuple[str, str, str, str]]:
+    """Each contender's name, median, quartiles, and ratio to the baseline, in words."""
+    found = ratios(row)
+    for name, samples in row.samples.items():
+        low, middle, high = (told(value, row.unit) for value in quartiles(samples))
+        yield name, middle, f"{low} - {high}" if len(samples) > 1 else "exact", str(found.get(name, ""))
+
+
 def rate(row: Row, name: str) -> str:
     """What a contender does in a second, and the share of what the device can do."""
     if "examples" not in row.work:

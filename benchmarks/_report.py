@@ -64,14 +64,10 @@ def _rows(result: m.Result) -> Iterator[str]:
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
     for row in result.rows:
-        found = m.ratios(row)
-        for i, (name, samples) in enumerate(row.samples.items()):
-            low, middle, high = (m.told(value, row.unit) for value in m.quartiles(samples))
-            spread = f"{low} - {high}" if len(samples) > 1 else "exact"
-            first = (row.case, m.verdict(row)) if i == 0 else ("", "")
+        for i, (name, *told) in enumerate(m.contenders(row)):
+            case, verdict = (row.case, m.verdict(row)) if i == 0 else ("", "")
             rate = [m.rate(row, name)] if rated else []
-            cells = [first[0], name, middle, spread, str(found.get(name, "")), *rate, first[1]]
-            yield f"| {' | '.join(cells)} |"
+            yield f"| {' | '.join([case, name, *told, *rate, verdict])} |"
     for case, name, words in dict.fromkeys(
         (row.case, name, words) for row in result.rows for name, words in row.notes.items()
     ):
