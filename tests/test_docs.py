@@ -1,0 +1,56 @@
+"""The pages: what they show is run, and what they link to is there."""
+
+import doctest
+import pathlib
+import re
+from typing import Any
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PLACES = ("*.md", "docs/*.md", "stubs/*.md", "benchmarks/results/*/report.md")
+PAGES = [page for place in PLACES for page in sorted(ROOT.glob(place))]
+SHOWN = [page for page in PAGES if "```pycon" in page.read_text()]
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def name(page: pathlib.Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", SHOWN, ids=name)
+def test_what_a_page_shows_is_what_comes(page: pathlib.Path) -> None:
+    config: Any = jax.config
+    before = config.jax_traceback_filtering
+    config.update("jax_traceback_filtering", "off")  # else JAX adds a note about it to the message
+    try:
+        found = doctest.testfile(str(page), module_relative=False, optionflags=OPTIONS)
+    finally:
+        config.update("jax_traceback_filtering", before)
+    assert found.attempted >= 5
+    assert found.failed == 0
+
+
+def test_no_code_is_left_out() -> None:
+    """Python in a page is a session, which is run above, or named for a test of its own beside it."""
+    code = {name(page): re.findall(r"(.*)\n```python", page.read_text()) for page in PAGES}
+    assert [page for page, lines in code.items() if not all(line.startswith("<!-- test: ") for line in lines)] == []
+    assert {page for page, lines in code.items() if lines} == {"README.md", "docs/nnx.md"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_link_leads_somewhere(page: pathlib.Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
