@@ -11,7 +11,7 @@ PYTEST := pytest -n 2 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test checked bench types types-once lint lowest newest check clean
+.PHONY: help demo test checked bench types types-once docs lint lowest newest check clean
 .DELETE_ON_ERROR:
 # Two installations at once into one environment would break it.
 .NOTPARALLEL:
@@ -52,6 +52,10 @@ types-once: $(VENV)/.installed-dev $(VENV)/.installed-stubs
 	$(BIN)/python stubs/check
 	$(BIN)/python tools/types_table.py
 
+docs: $(VENV)/.installed-docs  ## the site, into build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "make docs: build/site/index.html"
+
 lint: $(VENV)/.installed-lint  ## ruff
 	$(BIN)/ruff check
 	@echo "make lint: no findings"
@@ -71,7 +75,7 @@ newest:  ## the tests with the newest Python and dependencies, on the built whee
 	$(VENV)-newest/bin/$(PYTEST) --import-mode=append tests --pyargs flaxsplit; \
 	set +x; echo "make newest: all tests passed"
 
-check: lint test checked lowest newest types demo bench  ## all of the above
+check: lint docs test checked lowest newest types demo bench  ## all of the above
 	@echo "make check: everything passed"
 
 clean:  ## remove the environments and what tools left behind

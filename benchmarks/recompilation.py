@@ -259,13 +259,13 @@ def cell(name: str, scenario: Scenario, thorough: bool = True) -> tuple[tuple[in
     try:
         traces, compiles = count(name, scenario)
     except Exception as error:  # whatever another library says of the situation
-        return None, f"refuses: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        return None, f"refuses: `{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}`"
     if name == OURS and compiles == scenario.possible:
         return (traces, compiles), scenario.ours
     if compiles <= 1 or compiles == scenario.possible:
         return (traces, compiles), scenario.one if compiles == 1 else scenario.more
     why = reason(name, scenario) if thorough and traces > scenario.possible else ""
-    return (traces, compiles), f"{scenario.more}{': ' * bool(why)}{why}"
+    return (traces, compiles), scenario.more + (f": `{why}`" if why else "")
 
 
 def on_devices(names: Sequence[str]) -> dict[str, Any]:

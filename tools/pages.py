@@ -1,0 +1,39 @@
+"""The site's pages that are not in docs/: the README, the stubs' own, the report, and the API from the docstrings."""
+
+import pathlib
+import re
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = pathlib.Path(__file__).parent.parent
+PUBLIC = re.compile(r"^from \._\w+ import \w+ as (\w+)", re.MULTILINE)
+TABLE = re.compile(r"^\| (`.*`) \| (.*) \|$", re.MULTILINE)
+HEAD = "# API\n\nEvery public name, in the order in which a training loop meets them."
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Adds the pages, and the pictures of the report."""
+    readme = (ROOT / "README.md").read_text().replace("](docs/", "](")
+    files.append(File.generated(config, "index.md", content=readme))
+    files.append(File.generated(config, "api.md", content=api(readme)))
+    for path in [*(ROOT / "stubs").glob("*.md"), *(ROOT / "benchmarks" / "results").glob("*/*.*")]:
+        if path.suffix in (".md", ".svg"):
+            files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
+    """On the site what lies beside docs/ lies within."""
+    return markdown.replace("](../", "](") if "/" not in page.file.src_uri else markdown
+
+
+def api(readme: str) -> str:
+    """The README's list of combinators, each with its docstring; then the types and the errors."""
+    public = PUBLIC.findall((ROOT / "flaxsplit" / "__init__.py").read_text())
+    lines = [HEAD]
+    for names, words in TABLE.findall(readme):
+        found = re.findall(r"`(\w+)`", names)
+        lines += [f"## {names}", f"{words[:1].upper()}{words[1:]}.", *map("::: flaxsplit.{}".format, found)]
+        public = [name for name in public if name not in found]
+    return "\n\n".join([*lines, "## Types and errors", *map("::: flaxsplit.{}".format, public)])
