@@ -11,7 +11,7 @@ PYTEST := pytest -n 2 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test checked bench types types-once docs lint lowest newest check clean
+.PHONY: help demo test checked bench soak types types-once docs lint lowest newest check clean
 .DELETE_ON_ERROR:
 # Two installations at once into one environment would break it.
 .NOTPARALLEL:
@@ -77,6 +77,9 @@ newest:  ## the tests with the newest Python and dependencies, on the built whee
 
 check: lint docs test checked lowest newest types demo bench  ## all of the above
 	@echo "make check: everything passed"
+
+soak: $(VENV)/.installed-test  ## 100,000 steps and eight threads: nothing grows, compiles again or drifts
+	$(BIN)/python tools/soak.py
 
 clean:  ## remove the environments and what tools left behind
 	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-types build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,55 @@
+"""The long run of `make soak`, made short; and what it watches for is seen where it happens."""
+
+import copy
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tools import soak
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a run of 400 steps wrote."""
+    out = tmp_path_factory.mktemp("soak") / "soak.json"
+    command = [sys.executable, "tools/soak.py", "--steps", "400", "--out", out]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("soak: done, 400 steps and 8 threads of 200: 3 compiles")
+    return json.loads(out.read_text())
+
+
+def test_nothing_grows_or_is_traced_again(found: Any) -> None:
+    assert (found["steps"], found["traces"], found["compiles"]) == (400, 3, 3)
+    assert found["threads"] == {"callers": 8, "steps": 200, "traces": 3, "compiles": 3}
+    assert len(found["seen"]["host"]) == soak.LOOKS
+    assert min(found["seen"]["most on device"]) > 10 * max(found["seen"]["device"])
+
+
+@pytest.mark.parametrize(
+    ("key", "fault"),
+    [("arrays", "live arrays: "), ("device", "bytes on the device: "), ("host", "host memory: +5.0 MiB")],
+)
+def test_what_grows_is_a_fault(found: Any, key: str, fault: str) -> None:
+    grown = copy.deepcopy(found)
+    grown["seen"][key] = [1_000 + 5 * 2**20 * i // (soak.LOOKS // 2) for i in range(soak.LOOKS)]
+    assert [said[: len(fault)] for said in soak.faults(grown)][:1] == [fault]
+
+
+@pytest.mark.parametrize("count", ["traces", "compiles"])
+def test_another_trace_is_a_fault(found: Any, count: str) -> None:
+    assert soak.faults(found) == []
+    (fault,) = soak.faults(found | {count: 4})
+    assert fault.startswith("traced ")
+
+
+def test_threads_that_end_elsewhere_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "same", lambda a, b: False)
+    with pytest.raises(SystemExit, match="differ from one alone"):
+        soak.threads(callers=2, steps=1)
