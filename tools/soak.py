@@ -4,6 +4,7 @@
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import pathlib
@@ -80,7 +81,10 @@ def by_hand(tx: optax.GradientTransformation) -> Any:
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds, as Linux counts them; 0 elsewhere."""
+    """Bytes of memory that this process holds, as Linux counts them (0 elsewhere), once it gave back what was freed."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
     statm = pathlib.Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * 4096 if statm.exists() else 0
 
@@ -126,7 +130,6 @@ def soak(steps: int) -> dict[str, Any]:
             del batch, loss, loss_by_hand
             if not same(carry, plain):
                 raise SystemExit(f"soak: after {2 * half * look} steps the carry differs from that of the loop by hand")
-            gc.collect()
             seen["arrays"].append(len(jax.live_arrays()))
             seen["device"].append(on_device())
             seen["host"].append(resident())
