@@ -7,34 +7,12 @@ import pathlib
 import subprocess
 import sys
 import tomllib
-from typing import Any
 
 import pytest
 
 import flaxsplit as fs
+from tools import api
 
-SIGNATURES = {
-    "split_params": "(variables, *, trainable=None)",
-    "merge_state": "(params, state)",
-    "with_mutable": "(fn, *, method=None, mutable=Ellipsis, capture=())",
-    "with_rngs": "(fn, *, axis_name=None)",
-    "rng_state": "(**keys)",
-    "vmap_stateful": "(fn, *, in_axes=0, out_axes=0, axis_name='batch', params_axes=None, state_axes=None, "
-    "split_rngs=True, axis_size=None, spmd_axis_name=None)",
-    "settle_state": "(fn, params, state, /, *args, **kwargs)",
-    "init_carry": "(params, state, tx)",
-    "with_optimizer": "(loss_fn, tx, *, has_aux=False, microbatches=1, axis_name=None)",
-    "with_ema": "(step, *, decay)",
-    "scan_steps": "(step, *, unroll=1)",
-    "stack_batches": "(batches, size)",
-    "jit_step": "(step, *, like=None, donate=True)",
-    "adopt_carry": "(restored, like)",
-    "assert_max_traces": "(fn, max_traces=1)",
-    "compile_log": "()",
-    "from_nnx": "(module, *, trainable=<class 'flax.nnx.variablelib.Param'>, method=None)",
-    "to_nnx": "(module, params, state)",
-    "Carry": "(step, params, state, opt_state)",
-}
 CLASSES = {
     "CollectionError": ValueError,
     "SignatureError": TypeError,
@@ -45,23 +23,36 @@ CLASSES = {
     "CompileLog": object,
 }
 PACKAGE = pathlib.Path(fs.__file__).parent
+SIGNATURES = api.signatures()
+FUNCTIONS = sorted(SIGNATURES.keys() - CLASSES.keys() - {"Carry"})
+CHANGELOG = (api.ROOT / "CHANGELOG.md").read_text()
 
 
-def bare(fn: Any) -> str:
-    """A signature without annotations."""
-    signature = inspect.signature(fn)
-    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
-    return str(signature.replace(parameters=parameters, return_annotation=signature.empty))
+def test_signatures_are_the_contract() -> None:
+    stored = api.STORED.read_text()
+    assert api.untold(stored, SIGNATURES, api.told(CHANGELOG, fs.__version__)) == [], "say it in CHANGELOG.md, and then"
+    assert api.changed(stored, SIGNATURES) == [], "python tools/api.py --write"
 
 
-def test_the_public_names_are_these() -> None:
-    public = {name for name in dir(fs) if not name.startswith("_")}
-    assert public == SIGNATURES.keys() | CLASSES.keys()
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_signature_at_run_time_is_the_one_in_the_source(name: str) -> None:
+    (written,) = ast.parse(f"def {SIGNATURES[name].splitlines()[-1]}: ...").body
+    assert isinstance(written, ast.FunctionDef)
+    names = [each.arg for each in ast.walk(written.args) if isinstance(each, ast.arg)]
+    assert sorted(names) == sorted(inspect.signature(getattr(fs, name)).parameters)
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_signatures_are_the_contract(name: str) -> None:
-    assert bare(getattr(fs, name)) == SIGNATURES[name]
+def test_a_changed_signature_fails_until_the_changelog_says_so() -> None:
+    told = api.told(CHANGELOG, fs.__version__)
+    stored = api.page("", SIGNATURES, told)
+    assert api.changed(stored, SIGNATURES) == api.untold(stored, SIGNATURES, told) == []
+    renamed = SIGNATURES | {"with_ema": SIGNATURES["with_ema"].replace("decay:", "rate:")}
+    assert api.changed(stored, renamed) == api.untold(stored, renamed, told) == ["with_ema"]
+    entry = "## [Unreleased]\n\n- `with_ema` takes `rate`.\n"
+    retold = api.told(CHANGELOG.replace("## [Unreleased]\n", entry), fs.__version__)
+    assert api.untold(stored, renamed, retold) == []
+    assert api.changed(api.page(stored, renamed, retold), renamed) == []
+    assert api.untold("", {"with_gradients": ""}, told) == ["with_gradients"]
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -69,13 +60,12 @@ def test_errors_are_children_of_builtins(name: str) -> None:
     assert issubclass(getattr(fs, name), CLASSES[name])
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_public_docstring_has_an_example_and_what_comes_out(name: str) -> None:
     doc = inspect.getdoc(getattr(fs, name)) or ""
-    if name != "Carry":
-        assert ">>> " in doc
-        assert "Law: " in doc
-        assert "Returns:" in doc or "Yields:" in doc
+    assert ">>> " in doc
+    assert "Law: " in doc
+    assert "Returns:" in doc or "Yields:" in doc
 
 
 def test_modules_import_only_from_those_before_them() -> None:
