@@ -167,7 +167,7 @@ def adopt_carry(restored: Any, like: T) -> T:
             wrong.append(Difference(name, describe(leaf), "absent"))
         elif not _is_given(value):
             wrong.append(Difference(name, describe(leaf), kind_of(value)))
-        elif _type_of(value) != _type_of(leaf):
+        elif _type_of(value, leaf) != _type_of(leaf, leaf):
             wrong.append(Difference(name, describe(leaf), describe(strong(value) if not is_array(value) else value)))
         else:
             found[name] = (value, leaf)
@@ -228,9 +228,9 @@ def _unwrapped(value: Any, leaf: Any) -> Any:
     return value
 
 
-def _type_of(leaf: Any) -> Any:
-    array = leaf if is_array(leaf) else jnp.asarray(leaf)
-    return tuple(array.shape), array.dtype
+def _type_of(value: Any, leaf: Any) -> Any:
+    """The shape and dtype; a Python scalar has no dtype of its own, and takes the leaf's where JAX would."""
+    return tuple(jnp.shape(value)), value.dtype if is_array(value) else jnp.result_type(value, leaf.dtype)
 
 
 def _alike(found: Mapping[str, tuple[Any, Any]]) -> list[jax.Array]:

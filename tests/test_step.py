@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
+from .flags import needs_jit
 from .models import MLP, Dropping, X, Y
 
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -144,6 +145,7 @@ def test_bf16_gradients_are_accumulated_in_f32() -> None:
     np.testing.assert_allclose(np.float32(new.params["w"]), -float(x.astype(jnp.float32).mean()), rtol=1e-2)
 
 
+@needs_jit
 def test_a_donated_step_deletes_nothing_of_the_callers() -> None:
     model = MLP()
     variables = model.init(jax.random.key(0), X[0])
@@ -166,6 +168,7 @@ def test_a_donated_step_deletes_nothing_of_the_callers() -> None:
     assert out.shape == Y.shape
 
 
+@needs_jit
 def test_a_carry_that_was_consumed_says_so_in_jaxs_words() -> None:
     # jit_step returns jax.jit's own object: nothing of ours runs at a dispatch, so the words are JAX's
     tx = optax.sgd(0.1)
@@ -199,3 +202,11 @@ def test_ema_takes_a_schedule() -> None:
     np.testing.assert_array_equal(carry.state["ema"]["w"], carry.params["w"])
     after, _ = step(carry, jnp.ones(2))
     np.testing.assert_array_equal(after.state["ema"]["w"], carry.params["w"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_python_number_is_adopted_in_the_leafs_precision(dtype: Any) -> None:
+    adopted = fs.adopt_carry({"rate": 0.5}, {"rate": jnp.ones((), dtype)})
+    assert (adopted["rate"].dtype, float(adopted["rate"])) == (dtype, 0.5)
+    with pytest.raises(fs.CollectionError):
+        fs.adopt_carry({"n": 0.5}, {"n": jnp.int32(1)})
