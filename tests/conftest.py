@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # JAX reads both once. Eight devices for the tests on a mesh; the CPU even where there is an accelerator,
@@ -9,9 +10,6 @@ from hypothesis import HealthCheck, settings
 _EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT_DEVICES}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-# Not switched on: jax_numpy_rank_promotion="raise". Flax runs under it, but the models of its guide, which
-# we run as they are written, subtract a mean of shape (5,) from a batch of shape (3, 5).
 
 # The first example of a test pays for compiling: no deadline, and no complaint about slow input.
 settings.register_profile(
@@ -26,3 +24,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # Read by type checkers (`make types`), not run: half of it is there to be rejected. And a process of its own.
 collect_ignore = ["typing", "distributed/law_worker.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks docstrings as tests are marked."""
+    from .flags import DOCTESTS  # imports JAX, which reads the variables above
+
+    for item in items:
+        if item.name in DOCTESTS:
+            item.add_marker(DOCTESTS[item.name])

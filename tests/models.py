@@ -111,5 +111,5 @@ class Sowing(nn.Module):
         return x
 
 
-X = jax.random.normal(jax.random.key(7), (32, 10))
-Y = jax.random.normal(jax.random.key(8), (32, 1))
+X = jax.random.normal(jax.random.key(7), (32, 10), jnp.float32)
+Y = jax.random.normal(jax.random.key(8), (32, 1), jnp.float32)

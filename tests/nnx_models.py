@@ -11,9 +11,9 @@ from flax import nnx
 
 NEW = hasattr(nnx, "List")  # flax 0.11: containers of modules are nnx.List, and streams are forked per layer
 OFF_MESH: Any = {"eager_sharding": False} if NEW else {}  # from then on a name alone wants a mesh at once
-X = jax.random.normal(jax.random.key(0), (8, 6))
-IMAGES = jax.random.normal(jax.random.key(1), (8, 6, 6, 1))
-SERIES = jax.random.normal(jax.random.key(2), (8, 5, 6))
+X = jax.random.normal(jax.random.key(0), (8, 6), jnp.float32)
+IMAGES = jax.random.normal(jax.random.key(1), (8, 6, 6, 1), jnp.float32)
+SERIES = jax.random.normal(jax.random.key(2), (8, 5, 6), jnp.float32)
 WORDS = jax.random.randint(jax.random.key(3), (8, 5), 0, 11)
 
 
@@ -141,7 +141,7 @@ class Block(nnx.Module):
     """A transformer block."""
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
-        self.place = nnx.Param(nnx.initializers.normal()(rngs.params(), (5, 6)))
+        self.place = nnx.Param(nnx.initializers.normal()(rngs.params(), (1, 5, 6)))
         self.before = nnx.LayerNorm(6, rngs=rngs)
         self.attend = nnx.MultiHeadAttention(2, 6, dropout_rate=0.1, deterministic=False, decode=False, rngs=rngs)
         self.after = nnx.RMSNorm(6, rngs=rngs)

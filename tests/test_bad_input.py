@@ -16,6 +16,8 @@ from flaxsplit import _checks
 from flaxsplit._errors import Explained
 from tests import wrong_calls as wrong
 
+from .flags import needs_jit
+
 ROOT = pathlib.Path(__file__).parent.parent
 RIGHT = wrong.fixed()
 # A checker of types refuses some of what is accepted without: a list as params.
@@ -32,6 +34,7 @@ def fixed_bytes() -> list[bytes]:
     return bytes_of([RIGHT.variables, RIGHT.params, RIGHT.state, RIGHT.w, RIGHT.carry])
 
 
+@needs_jit
 @pytest.mark.parametrize("call", wrong.CALLS)
 @pytest.mark.filterwarnings("ignore::flaxsplit.UntouchedStateWarning")  # where the call is right after all
 def test_wrong_arguments_are_refused_and_change_nothing(call: str) -> None:
@@ -54,6 +57,7 @@ def test_every_public_function_is_tried() -> None:
     assert functions - tried == {"compile_log"}  # takes no argument
 
 
+@needs_jit
 def test_the_page_of_errors_is_of_today() -> None:
     done = subprocess.run([sys.executable, "tools/errors_page.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from .flags import needs_jit
+
+pytestmark = needs_jit
 ROOT = pathlib.Path(__file__).parent.parent
 CLAIMS = (ROOT / "benchmarks").glob("[!_]*.py")
 

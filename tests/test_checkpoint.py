@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from .checkpoint_worker import STEPS
+from .flags import needs_jit
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -54,6 +55,7 @@ def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return np.load(folder / "end.npz")
 
 
+@needs_jit
 @pytest.mark.parametrize("how", ["like", "bare"])
 def test_training_goes_on_as_if_it_had_not_stopped(how: str, never_stopped: Any, tmp_path: pathlib.Path) -> None:
     seed = random.SystemRandom().randrange(2**32)

@@ -10,6 +10,7 @@ from flax import core
 
 import flaxsplit as fs
 
+from .flags import needs_promotion, needs_x32
 from .models import MLP, BiasAdder, X, Y, structure
 
 STEPS = 20
@@ -22,6 +23,7 @@ def assert_equal(left: Any, right: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
+@needs_promotion
 def test_bias_adder_equals_the_guides_loop() -> None:
     model, x = BiasAdder(), jnp.ones((10, 5))
     variables = model.init(jax.random.key(0), x)
@@ -67,6 +69,7 @@ def test_bias_adder_equals_the_guides_loop() -> None:
     assert (theirs.compiles["update_step"], ours.compiles["loss_fn"]) == (2, 1)
 
 
+@needs_x32
 def test_vmapped_mlp_equals_the_guides_loop() -> None:
     model = MLP(hidden_size=10, out_size=1)
     variables = model.init(jax.random.key(0), X[0])

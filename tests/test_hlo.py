@@ -11,8 +11,10 @@ import pytest
 
 import flaxsplit as fs
 
+from .flags import needs_jit
 from .models import MLP, Dropping, X, Y
 
+pytestmark = needs_jit
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(")
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import flaxsplit as fs
 
 from . import strategies as some
+from .flags import needs_promotion
 from .models import MLP, Dropping, X, Y, structure
 
 KEY = jax.random.key(0)
@@ -128,7 +129,7 @@ def test_with_mutable_equals_apply(name: str, kind: some.Kind, trainable: str | 
     seed=st.integers(0, 2**30), trainable=st.sampled_from([None, "Dense_1/*"]), how=st.sampled_from(["eager", "jit"])
 )
 def test_vmap_equals_the_batched_model(seed: int, trainable: str | None, how: str) -> None:
-    x = jax.random.normal(jax.random.key(seed), (16, 10))
+    x = jax.random.normal(jax.random.key(seed), (16, 10), jnp.float32)
     y = x[:, :1] ** 2
     variables = MLP().init(jax.random.key(seed), x[0])
     params, state = fs.split_params(variables, trainable=trainable)
@@ -363,6 +364,7 @@ def _plain(leaf: Any) -> bool:
     return not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) and leaf.size > 0
 
 
+@needs_promotion
 @some.examples(40)
 @given(lead=st.integers(0, 2), size=st.integers(1, 4), dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.int32]))
 def test_a_settled_state_is_a_fixed_point(lead: int, size: int, dtype: Any) -> None:

@@ -18,9 +18,11 @@ from jax.sharding import PartitionSpec as P
 import flaxsplit as fs
 
 from . import strategies as some
+from .flags import needs_jit
 from .models import MLP, Dropping, X, Y, structure
 from .test_traces import MODELS, loss_of
 
+pytestmark = needs_jit
 KEY = jax.random.key(0)
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 LINE = jax.make_mesh((8,), ("data",), axis_types=(AUTO,))

@@ -20,6 +20,8 @@ from jax.sharding import PartitionSpec as P
 import flaxsplit as fs
 from tests.models import MLP, BiasAdder, Dropping, X, Y
 
+from .flags import needs_jit, needs_promotion, needs_x32
+
 KEY = jax.random.key(0)
 TX = optax.sgd(0.1)
 ADAM = optax.adam(0.1)
@@ -103,6 +105,7 @@ def test_every_class_is_a_builtins_child_of_one_anatomy(kind: Any, base: type[Ex
     assert (again.where, again.required, again.leaves, again.cause, again.fix) == parts
 
 
+@needs_x32
 def test_a_long_message_is_shortened_but_leaves_keeps_all() -> None:
     params = {f"w{i}": jnp.ones(3) for i in range(600)}
     carry = fs.init_carry(params, {}, TX)
@@ -285,6 +288,7 @@ def test_mask_without_true() -> None:
     """)
 
 
+@needs_x32
 def test_mask_that_is_not_of_bools() -> None:
     error = fails(fs.SignatureError, fs.split_params, {"params": {"w": X}}, trainable={"w": jnp.ones(2)})
     assert str(error) == whole("""
@@ -923,6 +927,7 @@ def test_state_axes_unknown() -> None:
     """)
 
 
+@needs_x32
 def test_a_collection_is_dropped_in_the_lanes() -> None:
     apply: Any = fs.vmap_stateful(lambda params, state, x: (x, {}))
     error = fails(fs.StateDriftError, apply, {}, {"batch_stats": {"mean": jnp.ones(3)}}, X)
@@ -938,6 +943,7 @@ def test_a_collection_is_dropped_in_the_lanes() -> None:
 # ---- settle_state
 
 
+@needs_x32
 def test_shapes_that_grow() -> None:
     def grow(params: Any, state: Any) -> Any:
         return None, {"cache": {"seen": jnp.concatenate([state["cache"]["seen"], jnp.ones(1)])}}
@@ -952,6 +958,7 @@ def test_shapes_that_grow() -> None:
     """)
 
 
+@needs_x32
 def test_a_structure_that_changes() -> None:
     def late(params: Any, state: Any) -> Any:
         return None, {"cache": {"index": jnp.int32(0), "key": jnp.ones((2, 3))}}
@@ -966,6 +973,7 @@ def test_a_structure_that_changes() -> None:
     """)
 
 
+@needs_x32
 def test_a_fixed_point_that_broadcasting_does_not_reach() -> None:
     def other(params: Any, state: Any) -> Any:
         return None, {"stats": {"mean": jnp.ones(4), "count": jnp.int32(0)}}
@@ -1033,6 +1041,7 @@ def test_two_meshes() -> None:
     fs.init_carry(params, state, TX)
 
 
+@needs_x32
 def test_a_checkpoint_of_another_model() -> None:
     like = fs.init_carry({"w": jnp.ones(3), "b": jnp.ones(()), "c": jnp.ones(2)}, {}, TX)
     params = {"w": np.ones((3, 1), np.float32), "b": np.float64(1), "d": np.ones(2), "c": {"kernel": np.ones(2)}}
@@ -1051,6 +1060,7 @@ def test_a_checkpoint_of_another_model() -> None:
     """)
 
 
+@needs_x32
 def test_a_checkpoint_with_a_missing_and_a_strange_leaf() -> None:
     like = fs.init_carry({"w": jnp.ones(3)}, {"stats": {"mean": jnp.ones(3)}}, ADAM)
     restored = {"step": "seven", "params": {"w": np.ones(3, np.float32)}, "state": {}, "opt_state": like.opt_state}
@@ -1068,6 +1078,8 @@ def test_a_checkpoint_with_a_missing_and_a_strange_leaf() -> None:
 # ---- with_optimizer
 
 
+@needs_x32
+@needs_promotion
 def test_state_drifts_in_shape() -> None:
     params, state = halves(BiasAdder(), X)
     apply = fs.with_mutable(BiasAdder())
@@ -1097,6 +1109,7 @@ def test_state_drifts_in_shape() -> None:
     step(fs.init_carry(params, state, TX), X)
 
 
+@needs_x32
 def test_state_drifts_in_dtype() -> None:
     step = returning(lambda p, s, b: (jnp.sum(p["w"]), {"stats": {"mean": b.astype(jnp.bfloat16)}}))
     error = fails(fs.StateDriftError, step, one(stats={"mean": jnp.ones(3)}), jnp.ones(3))
@@ -1109,6 +1122,7 @@ def test_state_drifts_in_dtype() -> None:
     """)
 
 
+@needs_x32
 def test_state_drifts_in_structure() -> None:
     step = returning(lambda p, s, b: (jnp.sum(p["w"]), {"stats": {"mean": b, "var": b}}))
     error = fails(fs.StateDriftError, step, one(stats={"mean": jnp.ones(3)}, cache={"i": X}), jnp.ones(3))
@@ -1122,6 +1136,7 @@ def test_state_drifts_in_structure() -> None:
     """)
 
 
+@needs_x32
 def test_every_drifting_leaf_is_listed() -> None:
     state = {"stats": {f"m{i:02}": jnp.ones(2) for i in range(30)}}
     step = returning(lambda p, s, b: (jnp.sum(p["w"]), jax.tree.map(lambda leaf: leaf[None], s)))
@@ -1142,6 +1157,7 @@ def test_aux_where_the_state_is_due() -> None:
     """)
 
 
+@needs_x32
 def test_an_optimizer_that_drifts() -> None:
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         return updates, {"count": state["count"][None]}
@@ -1158,6 +1174,7 @@ def test_an_optimizer_that_drifts() -> None:
     """)
 
 
+@needs_x32
 def test_a_loss_that_is_not_a_scalar() -> None:
     step = returning(lambda p, s, b: ((p["w"] - b) ** 2, s))
     error = fails(fs.SignatureError, step, one(), jnp.ones(3))
@@ -1171,6 +1188,7 @@ def test_a_loss_that_is_not_a_scalar() -> None:
     returning(lambda p, s, b: (((p["w"] - b) ** 2).mean(), s))(one(), jnp.ones(3))
 
 
+@needs_x32
 def test_a_loss_that_is_complex() -> None:
     step = returning(lambda p, s, b: (jnp.sum(p["w"]) * 1j, s))
     error = fails(fs.SignatureError, step, one(), X)
@@ -1184,6 +1202,7 @@ def test_a_loss_that_is_complex() -> None:
     returning(lambda p, s, b: (jnp.abs(jnp.sum(p["w"]) * 1j).mean(), s))(one(), X)
 
 
+@needs_x32
 def test_a_loss_that_counts() -> None:
     step = returning(lambda p, s, b: (jnp.sum(p["w"] > 0), s))
     error = fails(fs.SignatureError, step, one(), X)
@@ -1218,6 +1237,7 @@ def test_loss_and_state_swapped() -> None:
     """)
 
 
+@needs_x32
 def test_a_loss_without_state() -> None:
     error = fails(fs.SignatureError, returning(lambda p, s, b: jnp.sum(p["w"])), one(), X)
     assert str(error) == whole("""
@@ -1253,6 +1273,7 @@ def test_aux_without_has_aux() -> None:
     fs.with_optimizer(lambda p, s, b: ((jnp.sum(p["w"]), b), s), TX, has_aux=True)(one(), X)
 
 
+@needs_x32
 def test_has_aux_without_aux() -> None:
     step = fs.with_optimizer(squares, TX, has_aux=True)
     error = fails(fs.SignatureError, step, one(), jnp.ones(3))
@@ -1346,6 +1367,7 @@ def test_microbatches_of_another_kind(count: Any, came: str) -> None:
 # ---- with_ema, scan_steps, stack_batches, jit_step
 
 
+@needs_x32
 def test_ema_without_a_state_of_ema() -> None:
     step = fs.with_ema(fs.with_optimizer(squares, TX), decay=0.9)
     error = fails(fs.CollectionError, step, one(), jnp.ones(3))
@@ -1360,6 +1382,7 @@ def test_ema_without_a_state_of_ema() -> None:
     step(fs.init_carry(params, {} | {"ema": params}, TX), jnp.ones(3))
 
 
+@needs_x32
 def test_ema_of_other_params() -> None:
     step = fs.with_ema(fs.with_optimizer(squares, TX), decay=0.9)
     error = fails(fs.CollectionError, step, one(ema={"w": jnp.ones((1, 3)), "b": X}), jnp.ones(3))
@@ -1394,6 +1417,7 @@ def test_a_decay_that_is_no_fraction(decay: Any, came: str) -> None:
     """).replace("CAME", came)
 
 
+@needs_x32
 def test_a_scanned_carry_drifts() -> None:
     def step(carry: Any, batch: Any) -> Any:
         return {"mean": batch[None]}, None
@@ -1408,6 +1432,7 @@ def test_a_scanned_carry_drifts() -> None:
     """)
 
 
+@needs_x32
 def test_a_scanned_bare_carry_drifts() -> None:
     steps = fs.scan_steps(lambda carry, batch: (carry.astype(jnp.bfloat16), None))
     error = fails(fs.StateDriftError, steps, jnp.ones(3), jnp.ones((4, 3)))
@@ -1457,6 +1482,7 @@ def test_stacks_of_no_size(size: Any) -> None:
     """).replace("CAME", came)
 
 
+@needs_x32
 def test_like_of_numpy() -> None:
     like = jax.device_get(one())
     error = fails(fs.SignatureError, fs.jit_step, fs.with_optimizer(squares, TX), like=like)
@@ -1492,6 +1518,7 @@ def retraced(first: tuple[Any, ...], second: tuple[Any, ...], max_traces: int = 
     return fails(fs.RetraceError, jitted, *second)
 
 
+@needs_x32
 def test_retrace_for_a_shape() -> None:
     carry = one(batch_stats={"mean": jnp.ones(5)})
     other = one(batch_stats={"mean": jnp.ones((1, 5))})
@@ -1517,6 +1544,8 @@ def test_retrace_for_a_dtype() -> None:
     """)
 
 
+@needs_jit
+@needs_x32
 def test_retrace_for_a_weak_type() -> None:
     error = retraced(({"scale": jnp.float32(1)},), ({"scale": 1.0},))
     assert str(error) == whole("""
@@ -1600,6 +1629,7 @@ def test_retrace_for_nothing() -> None:
     """)  # noqa: E501
 
 
+@needs_x32
 def test_retrace_for_a_sharding_in_the_type() -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     unsplit, split = (jax.device_put(jnp.ones((8, 3)), NamedSharding(mesh, spec)) for spec in (P(), P("x")))
@@ -1811,6 +1841,7 @@ def test_a_stream_that_is_no_key() -> None:
     assert fails(fs.SignatureError, fn, params, state | {"rngs": KEY}, X).leaves == ("state['rngs']: key<fry>[]",)
 
 
+@needs_x32
 def test_a_collection_that_is_no_mapping() -> None:
     params, state = halves(MLP(4), X)
     error = fails(fs.CollectionError, fs.with_mutable(MLP(4)), params, state | {"step": jnp.zeros(())}, X)
@@ -1848,6 +1879,7 @@ def test_a_step_that_returns_one_thing(what: str) -> None:
     """)
 
 
+@needs_x32
 def test_a_carry_put_together_by_hand() -> None:
     step = fs.with_optimizer(squares, TX)
     error = fails(fs.SignatureError, step, one(c={"mean": jnp.ones(2)})._replace(state={"c": "mean"}), jnp.ones(3))
@@ -1868,6 +1900,7 @@ def test_a_carry_put_together_by_hand() -> None:
     """)
 
 
+@needs_x32
 def test_a_donated_array_is_named() -> None:
     gone = jnp.ones(3)
     gone.delete()

@@ -12,6 +12,7 @@ import pytest
 
 import flaxsplit as fs
 
+from .flags import needs_jit
 from .models import MLP, Block, Coder, Dropping, Sowing, Two, X, structure
 
 KEY = jax.random.key(0)
@@ -163,6 +164,7 @@ def test_capture_intermediates_of_every_layer() -> None:
     assert captured["intermediates"].keys() == {"Dense_0", "Dense_1", "BatchNorm_0", "__call__"}
 
 
+@needs_jit
 def test_autoregressive_decoding_step_by_step() -> None:
     model = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, decode=True)
     tokens = jax.random.normal(KEY, (2, 5, 8))

@@ -17,6 +17,7 @@ import flaxsplit as fs
 from flaxsplit._filters import flatten
 
 from . import nnx_models as m
+from .flags import needs_x32
 from .models import structure
 
 STEPS = 20
@@ -530,6 +531,7 @@ def test_a_filter_that_chooses_counters() -> None:
     """)
 
 
+@needs_x32
 def test_a_variable_made_in_the_call() -> None:
     fn, params, state = fs.from_nnx(Sower())
     assert fails(fs.StateDriftError, fn, params, state, jnp.ones(3)) == whole("""
@@ -586,6 +588,7 @@ def test_a_param_written_in_the_call(lifted: Any) -> None:
     np.testing.assert_allclose(state["params"]["w"], 3**-0.5, rtol=1e-6)
 
 
+@needs_x32
 def test_another_architecture() -> None:
     _, params, _ = fs.from_nnx(m.Dropping(rngs=m.rngs()))
     linear = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
@@ -632,6 +635,7 @@ def test_all_code_of_the_page_is_run() -> None:
     assert PAGE.count("```python") == len(BLOCKS)
 
 
+@needs_x32
 @pytest.mark.skipif(not m.NEW, reason="before flax 0.11 nnx.Optimizer.update took the gradients alone")
 def test_before_and_after_are_the_same_bit_for_bit() -> None:
     names: dict[str, Any] = {}

@@ -11,10 +11,13 @@ import pytest
 
 import flaxsplit as fs
 
+from .flags import needs_x32
+
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", README, re.DOTALL))
 
 
+@needs_x32
 def test_before_and_after_are_the_same_bit_for_bit() -> None:
     names: dict[str, Any] = {}
     exec(BLOCKS["before"], names)  # noqa: S102 (the README's own code)

@@ -6,6 +6,8 @@ import pathlib
 
 import pytest
 
+from .flags import needs_jit, needs_x32
+
 FILES = sorted(path.stem for path in (pathlib.Path(__file__).parent / "typing" / "realistic").glob("*.py"))
 
 
@@ -13,6 +15,8 @@ def test_there_are_ten() -> None:
     assert len(FILES) == 10
 
 
+@needs_jit
+@needs_x32
 @pytest.mark.parametrize("name", FILES)
 def test_a_realistic_file_trains(name: str) -> None:
     module = importlib.import_module(f"tests.typing.realistic.{name}")

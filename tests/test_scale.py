@@ -4,9 +4,12 @@ import pathlib
 import subprocess
 import sys
 
+from .flags import needs_jit
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@needs_jit
 def test_what_is_reckoned_per_layer_is_what_is_compiled() -> None:
     command = [sys.executable, "tools/scale.py", "--small"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

@@ -13,8 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
+from .flags import needs_jit
 from .models import MLP, X, Y
 
+pytestmark = needs_jit
 LINE = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 TX = optax.adam(1e-2)
 KEY = jax.random.key(0)

@@ -11,6 +11,9 @@ import pytest
 
 from tools import soak
 
+from .flags import needs_jit
+
+pytestmark = needs_jit
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -18,7 +21,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What a run of 400 steps wrote."""
     out = tmp_path_factory.mktemp("soak") / "soak.json"
-    command = [sys.executable, "tools/soak.py", "--steps", "400", "--out", out]
+    command = [sys.executable, "tools/soak.py", "--steps", "400", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("soak: done, 400 steps and 8 threads of 200: 3 compiles")

@@ -15,8 +15,10 @@ from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
+from .flags import needs_jit, needs_promotion, needs_x32
 from .models import MLP, BiasAdder, Block, Coder, Dropping, Sowing, Two, X, Y
 
+pytestmark = needs_jit
 STEPS = 20
 KEY = jax.random.key(0)
 TX = optax.adam(1e-2)
@@ -117,6 +119,7 @@ def test_steady_state() -> None:
     assert_once(fs.with_optimizer(train_mlp, TX), fs.init_carry(*mlp(), TX))
 
 
+@needs_promotion
 def test_the_guides_drift_after_settle_state() -> None:
     apply, x = fs.with_mutable(BiasAdder()), jnp.ones((10, 5))
     params, state = fs.split_params(BiasAdder().init(KEY, x))
@@ -223,7 +226,7 @@ def test_a_learning_rate_changed_through_inject_hyperparams(how: str) -> None:
 
     def changed(i: int, carry: fs.Carry) -> fs.Carry:
         old = carry.opt_state
-        rate = 0.1 / (i + 1) if how == "adopt_carry" else jnp.asarray(0.1 / (i + 1))
+        rate = 0.1 / (i + 1) if how == "adopt_carry" else jnp.float32(0.1 / (i + 1))
         new = carry._replace(opt_state=old._replace(hyperparams={"learning_rate": rate}))
         return fs.adopt_carry(new, carry) if how == "adopt_carry" else new
 
@@ -323,6 +326,7 @@ def test_an_average_never_aliases_the_params() -> None:
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), carry.params, carry.state["ema"])))
 
 
+@needs_x32
 def test_memory_grows_with_the_microbatch() -> None:
     width, size = 256, 4096
 

@@ -1,4 +1,4 @@
-"""Writes the public signatures, as the source has them, to `tests/api.txt` with `--write`; else fails where they differ.
+"""Writes the public signatures, as the source has them, to `tests/api.txt` with `--write`; without, compares.
 
 A signature is written anew only where CHANGELOG.md says something new of its name: each stands there with a digest of
 the entries, under Unreleased and the current version, that named it when it was written.

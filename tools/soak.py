@@ -106,29 +106,37 @@ def on_device() -> int:
     return int(stats["bytes_in_use"]) if stats else sum(array.nbytes for array in jax.live_arrays())
 
 
+def wave(step: Any, hand: Any, carries: Any, draw: np.random.Generator, half: int) -> tuple[Any, int]:
+    """Takes the same steps in both loops, keeping more and more, then less; gives the most bytes on the device too."""
+    carry, plain = carries
+    kept: deque[Any] = deque()
+    most = 0
+    for i in range(2 * half):
+        batch = jnp.array(draw.normal(size=(SIZES[i % len(SIZES)], 8)), jnp.float32)
+        carry, loss = step(carry, batch)
+        plain, loss_by_hand = hand(plain, batch)
+        kept.append((batch, loss, loss_by_hand))
+        if i >= half:  # one comes, two go
+            kept.popleft()
+            kept.popleft()
+        elif i == half - 1:
+            most = on_device()
+    return (carry, plain), most
+
+
 def soak(steps: int) -> dict[str, Any]:
     """Takes the steps in lockstep with the loop by hand; says what it watched, and stops where the two differ."""
     tx = optax.adam(1e-3)
     step, hand = ours(tx), by_hand(tx)
-    carry, plain = start(tx), start(tx)
+    carries = start(tx), start(tx)
     seen: dict[str, list[int]] = {"arrays": [], "device": [], "host": [], "most on device": []}
     draw = np.random.default_rng(0)
     half = steps // LOOKS // 2
     with fs.compile_log() as log:
         for look in range(1, LOOKS + 1):
-            kept: deque[Any] = deque()
-            for i in range(2 * half):
-                batch = jnp.array(draw.normal(size=(SIZES[i % len(SIZES)], 8)), jnp.float32)
-                carry, loss = step(carry, batch)
-                plain, loss_by_hand = hand(plain, batch)
-                kept.append((batch, loss, loss_by_hand))
-                if i >= half:  # one comes, two go
-                    kept.popleft()
-                    kept.popleft()
-                elif i == half - 1:
-                    seen["most on device"].append(on_device())
-            del batch, loss, loss_by_hand
-            if not same(carry, plain):
+            carries, most = wave(step, hand, carries, draw, half)
+            seen["most on device"].append(most)
+            if not same(*carries):
                 raise SystemExit(f"soak: after {2 * half * look} steps the carry differs from that of the loop by hand")
             seen["arrays"].append(len(jax.live_arrays()))
             seen["device"].append(on_device())

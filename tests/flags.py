@@ -1,0 +1,31 @@
+"""Marks for tests of what JAX does not do under one of its flags. `make flags` runs the suite under each of them."""
+
+from typing import Any
+
+import jax
+import pytest
+
+CONFIG: Any = jax.config  # its flags are attributes that no checker sees
+
+needs_jit = pytest.mark.skipif(
+    CONFIG.jax_disable_jit, reason="JAX_DISABLE_JIT: nothing is compiled, donated or traced just once"
+)
+needs_promotion = pytest.mark.skipif(
+    CONFIG.jax_numpy_rank_promotion == "raise",
+    reason="JAX_NUMPY_RANK_PROMOTION=raise: a state that takes on another rank is what this test is about",
+)
+needs_x32 = pytest.mark.skipif(
+    CONFIG.jax_enable_x64, reason="JAX_ENABLE_X64: data without a dtype are f64, Flax's batch statistics f32"
+)
+
+DOCTESTS = {
+    "flaxsplit._carry.adopt_carry": needs_x32,
+    "flaxsplit._nnx.from_nnx": needs_x32,
+    "flaxsplit._nnx.to_nnx": needs_x32,
+    "flaxsplit._step.jit_step": needs_x32,
+    "flaxsplit._step.scan_steps": needs_x32,
+    "flaxsplit._step.with_ema": needs_x32,
+    "flaxsplit._traces.assert_max_traces": needs_jit,
+    "flaxsplit._traces.compile_log": needs_jit,
+}
+"""Docstrings that print float32 or count compiles."""
