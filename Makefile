@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # What `make newest` looks for, newest first.
 NEWER ?= 3.13 3.12
+# Of JAX, for `make flags`.
+FLAGS ?= JAX_CHECK_TRACER_LEAKS=1 JAX_DEBUG_NANS=1 JAX_ENABLE_X64=1 JAX_NUMPY_RANK_PROMOTION=raise JAX_DISABLE_JIT=1 \
+	JAX_PLATFORMS=cpu JAX_PLATFORMS=
 
 BIN := $(VENV)/bin
 # As many processes as the smallest machine has cores; worksteal, because a few tests compile for much longer than the rest.
@@ -11,7 +14,7 @@ PYTEST := pytest -n 2 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test checked bench soak types types-once docs lint lowest newest check clean
+.PHONY: help demo test checked bench soak types types-once docs lint audit flags lowest newest check clean
 .DELETE_ON_ERROR:
 # Two installations at once into one environment would break it.
 .NOTPARALLEL:
@@ -60,6 +63,14 @@ lint: $(VENV)/.installed-lint  ## ruff
 	$(BIN)/ruff check
 	@echo "make lint: no findings"
 
+audit: $(VENV)/.installed-audit  ## known vulnerabilities of what is installed, where they can be looked up
+	$(BIN)/python tools/audit.py
+
+# One after the other; all of them, also where one fails.
+flags: $(VENV)/.installed-test  ## the tests under each of JAX's flags; FLAGS and TESTS choose fewer
+	@failed=; for flag in $(FLAGS); do echo "===== $$flag"; env $$flag $(BIN)/$(PYTEST) $(TESTS) || failed="$$failed $$flag"; done; \
+	if [ -n "$$failed" ]; then echo "make flags: failed under$$failed"; exit 1; fi; echo "make flags: passed under each"
+
 lowest: $(VENV)-lowest/.installed-floors  ## the tests with the oldest dependencies supported, the overlay's too
 	$(VENV)-lowest/bin/$(PYTEST)
 	$(VENV)-lowest/bin/python stubs/check
@@ -75,7 +86,7 @@ newest:  ## the tests with the newest Python and dependencies, on the built whee
 	$(VENV)-newest/bin/$(PYTEST) --import-mode=append tests --pyargs flaxsplit; \
 	set +x; echo "make newest: all tests passed"
 
-check: lint docs test checked lowest newest types demo bench  ## all of the above
+check: lint docs audit test checked lowest newest types demo bench  ## all of the above
 	@echo "make check: everything passed"
 
 soak: $(VENV)/.installed-test  ## 100,000 steps and eight threads: nothing grows, compiles again or drifts
