@@ -41,7 +41,7 @@ class Effort:
 
 
 _FEWEST = 3
-EFFORTS = {each.name: each for each in (Effort("smoke", _FEWEST, 1), Effort("quick", 40, 5), Effort("full", 300, 20))}
+EFFORTS = {each.name: each for each in (Effort("smoke", _FEWEST, 1), Effort("quick", 40, 4), Effort("full", 300, 20))}
 
 
 @dataclass(frozen=True)

@@ -268,10 +268,22 @@ def cell(name: str, scenario: Scenario, thorough: bool = True) -> tuple[tuple[in
     return (traces, compiles), scenario.more + (f": `{why}`" if why else "")
 
 
-def on_devices(names: Sequence[str]) -> dict[str, Any]:
-    """The cells that need eight devices, in a process that has them, virtual ones."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-    found: dict[str, Any] = elsewhere(__name__, *names, JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
+Cells = dict[str, dict[str, Any]]
+
+
+def cells_of(titles: Sequence[str], names: Sequence[str], thorough: bool, tell: Tell) -> Cells:
+    """Each scenario by each implementation."""
+    found: Cells = {}
+    for title in titles:
+        tell(title)
+        found[title] = {name: cell(name, SCENARIOS[title], thorough) for name in names}
+    return found
+
+
+def beside(titles: Sequence[str], names: Sequence[str], thorough: bool, flags: str = "") -> Cells:
+    """The same in a process of its own, on the CPU."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    found: Cells = elsewhere(__name__, json.dumps([titles, names, thorough]), JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
     return found
 
 
@@ -281,19 +293,22 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     tell("the same losses")
     plain = {name: build(name, task()) for name in names}
     check_agree({name: losses_of(peer.step, peer.fresh(), BATCH) for name, peer in plain.items()})
-    thorough = effort.name == "full"
-    with ThreadPoolExecutor(1) as beside:  # nothing here is timed, so that both cores may work
-        placed = beside.submit(on_devices, names)
-        for title, scenario in SCENARIOS.items():
-            tell(title)
-            cells = placed.result() if title == MESH else {name: cell(name, scenario, thorough) for name in names}
-            notes = {name: words for name, (_, words) in cells.items()} | {
-                name: words for name, words in missing().items() if effort.name != "smoke"
-            }
-            for i, unit in ((0, "traces"), (1, "compiles")):
-                samples = {name: [float(found[i])] for name, (found, _) in cells.items() if found}
-                yield Row(title, unit, samples, OURS, notes=notes, work={"possible": scenario.possible})
+    titles, thorough = [title for title in SCENARIOS if title != MESH], effort.name == "full"
+    half = (len(names) + 1) // 2 if jax.default_backend() == "cpu" else len(names)
+    with ThreadPoolExecutor(1) as other:  # nothing here is timed, so that both cores may work
+        rest = other.submit(beside, titles, names[half:], thorough)
+        placed = other.submit(beside, [MESH], names, thorough, f"--xla_force_host_platform_device_count={DEVICES}")
+        own = cells_of(titles, names[:half], thorough, tell)
+        tell("what the process beside counts")
+        found = {title: {**own[title], **rest.result()[title]} for title in titles} | placed.result()
+    for title, scenario in SCENARIOS.items():
+        notes = {name: words for name, (_, words) in found[title].items()} | {
+            name: words for name, words in missing().items() if effort.name != "smoke"
+        }
+        for i, unit in ((0, "traces"), (1, "compiles")):
+            samples = {name: [float(count[i])] for name, (count, _) in found[title].items() if count}
+            yield Row(title, unit, samples, OURS, notes=notes, work={"possible": scenario.possible})
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: cell(name, SCENARIOS[MESH]) for name in sys.argv[1:]}))
+    print(json.dumps(cells_of(*json.loads(sys.argv[1]), tell=lambda words: None)))

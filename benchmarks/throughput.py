@@ -31,6 +31,7 @@ from ._peers import (
 )
 
 BESTS = (OURS, HAND, TRAIN_STATE + BEST, NNX + BEST, EQUINOX + BEST, HAIKU + BEST)
+QUICK = (OURS, HAND, NNX + BEST, EQUINOX + BEST, HAIKU + BEST)
 CLASSES = 1000
 
 
@@ -83,7 +84,7 @@ ACCELERATOR: Sizes = {
 def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     """Network by network; a peer that is not there, or that refuses, is said."""
     sizes = CPU if jax.default_backend() == "cpu" else ACCELERATOR
-    names = present([*effort.of(smoke=[OURS, HAND], quick=BESTS, full=BESTS)])
+    names = present([*effort.of(smoke=[OURS, HAND], quick=QUICK, full=BESTS)])
     peaks: dict[Any, dict[str, float]] = {}
     absent = {name: words for name, words in missing().items() if name in BESTS and effort.name != "smoke"}
     for name, side, compute, examples in sizes[effort.name]:
