@@ -311,4 +311,5 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(cells_of(*json.loads(sys.argv[1]), tell=lambda words: None)))
+    asked_titles, asked_names, in_full = json.loads(sys.argv[1])
+    print(json.dumps(cells_of(asked_titles, asked_names, in_full, lambda words: None)))
