@@ -164,12 +164,12 @@ SUMMARY = ("claim", "promised", "measured", "the baseline against itself", "case
 def summary(results: Iterable[Result]) -> Iterator[tuple[str, ...]]:
     """Each bounded claim in a line, over all its cases."""
     for result in results:
-        bounded = [(row, name, bound) for row in result.rows for name, bound in row.bounds.items()]
+        bounded = [(row, ratios(row)) for row in result.rows if row.bounds]
         if bounded:
-            ours = [ratios(row)[name] for row, name, _ in bounded]
-            noise = [ratios(row)[AGAIN] for row, _, _ in bounded if AGAIN in row.samples]
-            promised = ", ".join(sorted({f"at most {bound:.2f} of {row.baseline}" for row, _, bound in bounded}))
-            yield result.claim, promised, _span(ours), _span(noise), str(len(bounded))
+            ours = [found[name] for row, found in bounded for name in row.bounds]
+            noise = [found[AGAIN] for _, found in bounded if AGAIN in found]
+            bounds = {f"at most {bound:.2f} of {row.baseline}" for row, _ in bounded for bound in row.bounds.values()}
+            yield result.claim, ", ".join(sorted(bounds)), _span(ours), _span(noise), str(len(ours))
 
 
 def _span(found: list[Ratio]) -> str:

@@ -554,6 +554,11 @@ def losses_of(step: Any, held: Any, batch: Any, count: int = 5) -> list[float]:
     return losses
 
 
+def refusal(error: Exception) -> str:
+    """What a library said instead of going on, in a sentence."""
+    return f"refuses: `{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}`"
+
+
 def stepper(peer: Peer, batch: Any, count: int = 1) -> Stepper:
     """Runs a peer's training loop."""
     return Stepper(peer.step, peer.fresh(), batch, count)

@@ -41,6 +41,7 @@ from ._peers import (
     losses_of,
     missing,
     present,
+    refusal,
 )
 
 STEPS, DEVICES, WIDTH, MESH = 20, 8, 8, "mesh of 8 devices"
@@ -252,14 +253,14 @@ def reason(name: str, scenario: Scenario) -> str:
     return ""
 
 
-def cell(name: str, scenario: Scenario, thorough: bool = True) -> tuple[tuple[int, int] | None, str]:
+def cell(name: str, scenario: Scenario, thorough: bool) -> tuple[tuple[int, int] | None, str]:
     """Traces and compiles, and the sentence that explains them; what changed in the arguments if `thorough`."""
     if name in scenario.absent:
         return None, scenario.absent[name]
     try:
         traces, compiles = count(name, scenario)
     except Exception as error:  # whatever another library says of the situation
-        return None, f"refuses: `{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}`"
+        return None, refusal(error)
     if name == OURS and compiles == scenario.possible:
         return (traces, compiles), scenario.ours
     if compiles <= 1 or compiles == scenario.possible:

@@ -27,6 +27,7 @@ from ._peers import (
     losses_of,
     missing,
     present,
+    refusal,
     stepper,
 )
 
@@ -125,7 +126,7 @@ def started(names: list[str], task: Task, batch: Any, tell: Tell) -> tuple[dict[
         except Exception as error:  # whatever another library says
             if name in (OURS, HAND):
                 raise
-            notes[name] = f"refuses: `{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}`"
+            notes[name] = refusal(error)
     if not task.compute:
         check_agree({HAND: losses[HAND], **losses}, 1e-2)
     else:  # roundings of bf16 go their own ways from the first update on

@@ -27,9 +27,14 @@ def looked_up(service: str) -> list[Any] | None:
         return None
 
 
+def with_data(reports: list[Any] | None) -> list[Any]:
+    """The distributions that the service knew."""
+    return [each for each in reports or [] if "vulns" in each]
+
+
 def verdict(reports: list[Any] | None) -> tuple[int, str]:
     """The exit status, and what to say; pip-audit passes what it found no data of, and that is no pass."""
-    audited = [each for each in reports or [] if "vulns" in each]
+    audited = with_data(reports)
     found = [f"  {each['name']} {each['version']}: {vuln['id']}" for each in audited for vuln in each["vulns"]]
     if found:
         return 1, "\n".join(["audit: known vulnerabilities:", *found])
@@ -40,9 +45,8 @@ def verdict(reports: list[Any] | None) -> tuple[int, str]:
 
 def main() -> int:
     """Asks PyPI, and where it has no data OSV."""
-    status, said = verdict(looked_up("pypi"))
-    if "skipped" in said:
-        status, said = verdict(looked_up("osv"))
+    reports = looked_up("pypi")
+    status, said = verdict(reports if with_data(reports) else looked_up("osv"))
     print(said)
     return status
 
