@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ README = HERE.parent / "README.md"
 RESULTS = HERE / "results"
 MARK = re.compile(r"(<!-- benchmarks: begin -->\n).*?(<!-- benchmarks: end -->)", re.DOTALL)
 MATRIX = "recompilation"
+ROUND = (0.5, 1, 2, 5, 10, 20, 50)
 
 
 def report(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -136,6 +138,9 @@ def plotted(result: m.Result, folder: pathlib.Path) -> list[pathlib.Path]:
     """Draws a result, as PNG and SVG; gives the files."""
     paths = []
     for name, figure in drawings(result).items():
+        width = int(13 * figure.get_figwidth())  # in letters
+        figure.suptitle(textwrap.fill(result.statement.replace("`", ""), width), fontsize=10)
+        figure.supxlabel(textwrap.fill(where(result.about), int(1.5 * width)), fontsize=6.5, color="dimgray")
         for kind in ("png", "svg"):
             mpl.rcParams["svg.hashsalt"] = name  # the same picture is the same file
             path = folder / f"{name}.{kind}"
@@ -164,7 +169,7 @@ def _draw_lines(result: m.Result) -> Any:
         axes.axhline(1, color="black", linewidth=0.8)
         for bound in sorted({bound for row in rows if _kind(row) == kind for bound in row.bounds.values()}):
             axes.axhline(bound, color="black", linestyle=":", linewidth=0.8, label=f"promised: {bound:g}")
-        axes.set(xscale="log", xlabel=_axis(result), title=kind if len(kinds) > 1 else result.claim)
+        axes.set(xscale="log", xlabel=_axis(result), title=kind if len(kinds) > 1 else "")
         at = sorted({x for points in lines.values() for x, _ in points})
         axes.set_xticks(at, [f"{x:g}" for x in at])
         axes.minorticks_off()
@@ -180,19 +185,23 @@ def _draw_bars(result: m.Result) -> Any:
     figure, axes = plt.subplots(figsize=(7.2, 1.2 + 0.24 * (len(bars) + len(rows))), layout="constrained")
     at, ticks, names = 0.0, list[float](), list[str]()
     for row in rows:
-        axes.text(0.01, at, row.case, transform=axes.get_yaxis_transform(), weight="bold", va="center", fontsize=8)
+        style = {"weight": "bold", "va": "center", "fontsize": 8, "bbox": {"color": "w", "pad": 1}}
+        axes.text(0.01, at, row.case, transform=axes.get_yaxis_transform(), **style)
         for name, ratio in m.ratios(row).items():
             at += 1
             ticks.append(at)
             names.append(name)
             spread = [[ratio.value - ratio.low], [ratio.high - ratio.value]]
             axes.barh(at, ratio.value, xerr=spread, height=0.8, color="tab:blue" if name == m.OURS else "lightgray")
-            axes.text(ratio.high, at, f" {ratio.value:.3g}", va="center", fontsize=7)
+            axes.text(ratio.high, at, f" {ratio.value:.2f}", va="center", fontsize=7)
         at += 1
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(ticks, names, fontsize=7)
     wide = max(ratio.high for *_, ratio in bars) > 4
-    axes.set(xlabel=f"time / {rows[0].baseline}", title=result.claim, xscale="log" if wide else "linear")
+    axes.set(xlabel=f"time / {rows[0].baseline}", xscale="log" if wide else "linear")
+    if wide:
+        axes.set_xticks(ROUND, [f"{x:g}" for x in ROUND])
+        axes.minorticks_off()
     axes.margins(x=0.12)
     axes.set_ylim(at - 0.3, -0.8)  # from above
     return figure
@@ -212,7 +221,7 @@ def _draw_matrix(result: m.Result) -> Any:
             axes.text(j, i, number or {"refuses": "x"}.get(_why_none(words), "-"), ha="center", va="center", fontsize=9)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
     axes.set_yticks(range(len(found)), list(found), fontsize=8)
-    axes.set_title("compiles over 20 steps (x: refuses, -: has no such thing)", fontsize=9)
+    axes.set_title("compiles over 20 steps (x: refuses, -: has no such thing, pale: as few as possible)", fontsize=9)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Gradients accumulated over n microbatches need the memory of one microbatch, and the time of the whole batch.
+"""Gradients accumulated over n microbatches need the memory of one microbatch, and more time than the whole batch.
 
 Memory as XLA assigns it, exact; time against `microbatches=1`.
 """
