@@ -59,8 +59,9 @@ docs: $(VENV)/.installed-docs  ## the site, into build/site; a link that leads n
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "make docs: build/site/index.html"
 
-lint: $(VENV)/.installed-lint  ## ruff
+lint: $(VENV)/.installed-lint  ## ruff, and the spelling of every text
 	$(BIN)/ruff check
+	$(BIN)/codespell
 	@echo "make lint: no findings"
 
 audit: $(VENV)/.installed-audit  ## known vulnerabilities of what is installed, where they can be looked up
