@@ -1,12 +1,16 @@
 """The pages: what they show is run, and what they link to is there."""
 
+import ast
 import doctest
 import pathlib
 import re
 from typing import Any
 
 import jax
+import nbformat
 import pytest
+
+from tools import notebook
 
 ROOT = pathlib.Path(__file__).parent.parent
 PLACES = ("*.md", "docs/*.md", "stubs/*.md", "benchmarks/results/*/report.md")
@@ -36,6 +40,27 @@ def test_what_a_page_shows_is_what_comes(page: pathlib.Path) -> None:
         config.update("jax_traceback_filtering", before)
     assert found.attempted >= 5
     assert found.failed == 0
+
+
+def test_the_notebook_is_the_tutorial_and_runs() -> None:
+    written = notebook.NOTEBOOK.read_text()
+    assert written == notebook.notebook()
+    reads: Any = nbformat.reads
+    read = reads(written, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(read)
+    names: dict[str, Any] = {}
+    shown = 0
+    for cell in read.cells:
+        if cell.cell_type != "code":
+            continue
+        *lines, last = ast.parse(cell.source).body
+        ends = isinstance(last, ast.Expr) and cell.outputs
+        exec(compile(ast.Module(lines if ends else [*lines, last], []), cell.id, "exec"), names)  # noqa: S102
+        if ends:
+            found = eval(compile(ast.Expression(last.value), cell.id, "eval"), names)  # noqa: S307
+            assert repr(found) == cell.outputs[0].data["text/plain"]
+            shown += 1
+    assert shown == sum(bool(cell.get("outputs")) for cell in read.cells) >= 8
 
 
 def test_no_code_is_left_out() -> None:
