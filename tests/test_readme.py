@@ -20,10 +20,10 @@ BLOCKS = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", README, r
 @needs_x32
 def test_before_and_after_are_the_same_bit_for_bit() -> None:
     names: dict[str, Any] = {}
-    exec(BLOCKS["before"], names)  # noqa: S102 (the README's own code)
-    by_hand = {name: names[name] for name in ("params", "state", "value")}
+    exec(BLOCKS["model"] + BLOCKS["before"], names)  # noqa: S102 (the README's own code)
+    by_hand = {name: names[name] for name in ("params", "state", "loss")}
     exec(BLOCKS["after"], names)  # noqa: S102
-    ours = {"params": names["carry"].params, "state": names["carry"].state, "value": names["value"]}
+    ours = {"params": names["carry"].params, "state": names["carry"].state, "loss": names["loss"]}
     jax.tree.map(np.testing.assert_array_equal, ours, by_hand)
     assert int(names["carry"].step) == 20
 
@@ -36,7 +36,7 @@ def test_the_readme_names_every_combinator() -> None:
 
 
 def test_all_code_is_run() -> None:
-    assert BLOCKS.keys() == {"before", "after"}
+    assert BLOCKS.keys() == {"model", "before", "after"}
     assert README.count("```python") == len(BLOCKS)
 
 

@@ -9,6 +9,7 @@ from mkdocs.structure.files import File, Files
 ROOT = pathlib.Path(__file__).parent.parent
 PUBLIC = re.compile(r"^from \._\w+ import \w+ as (\w+)", re.MULTILINE)
 TABLE = re.compile(r"^\| (`.*`) \| (.*) \|$", re.MULTILINE)
+WIDE = ("index.md", "types.md")
 HEAD = "# API\n\nEvery public name, in the order in which a training loop meets them."
 
 
@@ -24,7 +25,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
-    """On the site what lies beside docs/ lies within."""
+    """On the site what lies beside docs/ lies within; a wide page has the room of its table of contents too."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
     return markdown.replace("](../", "](") if "/" not in page.file.src_uri else markdown
 
 
