@@ -185,7 +185,7 @@ def _draw_bars(result: m.Result) -> Any:
     figure, axes = plt.subplots(figsize=(7.2, 1.2 + 0.24 * (len(bars) + len(rows))), layout="constrained")
     at, ticks, names = 0.0, list[float](), list[str]()
     for row in rows:
-        style = {"weight": "bold", "va": "center", "fontsize": 8, "bbox": {"color": "w", "pad": 1}}
+        style: dict[str, Any] = {"weight": "bold", "va": "center", "fontsize": 8, "bbox": {"color": "w", "pad": 1}}
         axes.text(0.01, at, row.case, transform=axes.get_yaxis_transform(), **style)
         for name, ratio in m.ratios(row).items():
             at += 1
