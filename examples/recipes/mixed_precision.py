@@ -1,0 +1,92 @@
+"""Mixed precision with a dynamic loss scale: the network computes in float16, params and statistics stay in float32.
+
+The scale is state. A step whose gradients overflow is skipped, and halves it; many good ones double it.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+import flaxsplit as fs
+
+PATIENCE = 50
+
+
+class Net(nn.Module):
+    """Dense and BatchNorm, in half precision but for the statistics."""
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = True) -> Array:
+        """Maps `[batch, n]` to `[batch]`."""
+        x = nn.Dense(64, dtype=jnp.float16)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, dtype=jnp.float16)(x))
+        out: Array = nn.Dense(1, dtype=jnp.float16)(x)
+        return out[:, 0].astype(jnp.float32)
+
+
+model = Net()
+apply = fs.with_mutable(model)
+
+
+def unscaled() -> optax.GradientTransformationExtraArgs:
+    """Divides gradients by the scale, which the carry hands in; keeps whether they were finite."""
+
+    def init(params: Any) -> Any:
+        return {"scale": jnp.float32(2.0**30), "good": jnp.int32(0)}
+
+    def update(grads: Any, held: Any, params: Any = None, **extra: Any) -> Any:
+        finite = jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)]))
+        good = jnp.where(finite, held["good"] + 1, 0)
+        doubled = good >= PATIENCE
+        scale = jnp.where(finite, jnp.where(doubled, held["scale"] * 2, held["scale"]), held["scale"] / 2)
+        return jax.tree.map(lambda leaf: leaf / held["scale"], grads), {
+            "scale": scale,
+            "good": jnp.where(doubled, 0, good),
+        }
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# What is not finite after all is not applied, and leaves Adam as it was; the scale is outside, so it always moves.
+tx = optax.chain(unscaled(), optax.apply_if_finite(optax.adam(1e-2), max_consecutive_errors=100))
+
+
+def loss_fn(params: Any, state: Any, batch: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Any]:
+    """The scaled loss, which is differentiated, and the plain one, to look at."""
+    x, y, scale = batch
+    pred, state = apply(params, state, x)
+    loss = optax.l2_loss(pred, y).mean()
+    return (loss * scale, loss), state
+
+
+def train(steps: int = 300) -> tuple[float, float]:
+    """Trains; gives the first and the last loss."""
+    x = jax.random.normal(jax.random.key(0), (256, 8))
+    y = jnp.sin(x).sum(-1)
+    params, state = fs.split_params(model.init(jax.random.key(1), x))
+    carry = fs.init_carry(params, state, tx)
+    inner = fs.with_optimizer(loss_fn, tx, has_aux=True)
+
+    def scaled_step(carry: fs.Carry, batch: tuple[Array, Array]) -> tuple[fs.Carry, Array]:
+        carry, (_, loss) = inner(carry, (*batch, carry.opt_state[0]["scale"]))
+        return carry, loss
+
+    step = fs.jit_step(fs.assert_max_traces(scaled_step))
+    losses = []
+    for _ in range(steps):
+        carry, loss = step(carry, (x, y))
+        losses.append(float(loss))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((carry.params, carry.state)))
+    skipped = int(carry.opt_state[1].total_notfinite)
+    print(
+        f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, scale {float(carry.opt_state[0]['scale']):.0f}, {skipped} skipped"
+    )
+    return losses[0], losses[-1]
+
+
+if __name__ == "__main__":
+    train()
