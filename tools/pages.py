@@ -1,5 +1,6 @@
 """The site's pages that are not in docs/: the README, the stubs' own, the report, and the API from the docstrings."""
 
+import ast
 import pathlib
 import re
 from typing import Any
@@ -9,7 +10,7 @@ from mkdocs.structure.files import File, Files
 ROOT = pathlib.Path(__file__).parent.parent
 PUBLIC = re.compile(r"^from \._\w+ import \w+ as (\w+)", re.MULTILINE)
 TABLE = re.compile(r"^\| (`.*`) \| (.*) \|$", re.MULTILINE)
-WIDE = ("index.md", "types.md")
+WIDE = ("index.md", "types.md", "recipes/")
 HEAD = "# API\n\nEvery public name, in the order in which a training loop meets them."
 
 
@@ -18,6 +19,8 @@ def on_files(files: Files, config: Any) -> Files:
     readme = (ROOT / "README.md").read_text().replace("](docs/", "](")
     files.append(File.generated(config, "index.md", content=readme))
     files.append(File.generated(config, "api.md", content=api(readme)))
+    for path in (ROOT / "examples" / "recipes").glob("*.py"):
+        files.append(File.generated(config, f"recipes/{path.stem}.md", content=recipe(path)))
     for path in [*(ROOT / "stubs").glob("*.md"), *(ROOT / "benchmarks" / "results").glob("*/*.*")]:
         if path.suffix in (".md", ".svg"):
             files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
@@ -26,9 +29,19 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     """On the site what lies beside docs/ lies within; a wide page has the room of its table of contents too."""
-    if page.file.src_uri in WIDE:
+    if page.file.src_uri.startswith(WIDE):
         page.meta["hide"] = ["toc"]
+    markdown = re.sub(r"\]\(\.\./examples/(recipes/\w+)\.py\)", r"](\1.md)", markdown)
     return markdown.replace("](../", "](") if "/" not in page.file.src_uri else markdown
+
+
+def recipe(path: pathlib.Path) -> str:
+    """A program as a page: its docstring is the prose."""
+    text = path.read_text()
+    title, _, prose = (ast.get_docstring(ast.parse(text)) or "").partition("\n\n")
+    code = text.split('"""', 2)[2].strip()
+    command = f"python examples/recipes/{path.name}"
+    return f"# {title.rstrip('.')}\n\n{prose}\n\n```sh\n{command}\n```\n\n```python\n{code}\n```\n"
 
 
 def api(readme: str) -> str:

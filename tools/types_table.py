@@ -21,7 +21,8 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TESTS = ROOT / "tests" / "typing"
+TESTS, RECIPES = ROOT / "tests" / "typing", ROOT / "examples" / "recipes"
+READ = ["tests/typing", "examples/recipes"]
 PAGE = ROOT / "docs" / "types.md"
 CHECKERS = ("mypy", "pyright")
 IGNORES = {
@@ -58,8 +59,9 @@ class Call(NamedTuple):
 
 
 def copied(folder: pathlib.Path) -> pathlib.Path:
-    """Copies the type tests without their ignores, line for line."""
-    shutil.copytree(TESTS, folder / "tests" / "typing", ignore=shutil.ignore_patterns("__pycache__"))
+    """Copies the type tests without their ignores, line for line, and the recipes."""
+    for each in READ:
+        shutil.copytree(ROOT / each, folder / each, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "tests" / "__init__.py").touch()
     for path in (folder / "tests" / "typing").glob("wrong*.py"):
         text = path.read_text()
@@ -83,9 +85,9 @@ def without_overlay(folder: pathlib.Path) -> str:
 
 
 def read_as_any(package: str, folder: pathlib.Path) -> pathlib.Path:
-    """Makes stubs that say `Any` of whatever the training files import from a package."""
+    """Makes stubs that say `Any` of whatever the recipes import from a package."""
     modules = {package}
-    for path in (TESTS / "realistic").glob("*.py"):
+    for path in RECIPES.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 modules |= {alias.name for alias in node.names}
@@ -104,7 +106,7 @@ def run_mypy(folder: pathlib.Path, setting: Setting) -> set[Finding]:
     options = ["--strict", "--output=json", "--config-file", str(ROOT / "pyproject.toml")]
     options += ["--python-executable", setting.python, f"--cache-dir={tempfile.mkdtemp(dir=folder)}"]
     env = os.environ | {"MYPYPATH": str(setting.stubs or "")}
-    command = [sys.executable, "-m", "mypy", *options, "tests/typing"]
+    command = [sys.executable, "-m", "mypy", *options, *READ]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode > 1 or done.stderr:
         raise SystemExit(done.stdout + done.stderr)
@@ -114,7 +116,7 @@ def run_mypy(folder: pathlib.Path, setting: Setting) -> set[Finding]:
 
 def run_pyright(folder: pathlib.Path, setting: Setting) -> set[Finding]:
     """Runs pyright in strict mode with nothing switched off."""
-    config = {"include": ["tests/typing"], "typeCheckingMode": "strict", "enableTypeIgnoreComments": False}
+    config = {"include": READ, "typeCheckingMode": "strict", "enableTypeIgnoreComments": False}
     if setting.stubs:
         config["stubPath"] = os.path.relpath(setting.stubs, folder)
     (folder / "pyrightconfig.json").write_text(json.dumps(config))
@@ -225,8 +227,8 @@ def false_errors(found: dict[str, dict[str, set[Finding]]]) -> Report:
         )
     ]
     totals = [0] * (4 * len(CHECKERS))
-    for path in sorted((TESTS / "realistic").glob("*.py")):
-        file = f"tests/typing/realistic/{path.name}"
+    for path in sorted(RECIPES.glob("*.py")):
+        file = f"examples/recipes/{path.name}"
         counts = []
         for checker in CHECKERS:
             runs = {name: {each for each in run[checker] if each.file == file} for name, run in found.items()}
@@ -244,9 +246,7 @@ def false_errors(found: dict[str, dict[str, set[Finding]]]) -> Report:
         f"{checker}: flaxsplit {own}, Flax {bare}, Flax with the overlay {typed}, others {rest}"
         for checker, (own, bare, typed, rest) in zip(CHECKERS, (totals[:4], totals[4:]), strict=True)
     ]
-    return Report(
-        table(("file", *head), rows), f"False errors in {len(rows) - 1} training files: {'; '.join(words)}.", faults
-    )
+    return Report(table(("file", *head), rows), f"False errors in {len(rows) - 1} recipes: {'; '.join(words)}.", faults)
 
 
 TEXT = """# What the type checkers see
@@ -267,7 +267,7 @@ of types that JAX leaves open (`reportUnknown...`) is not counted as a rejection
 
 {false_summary}
 
-The files are in `tests/typing/realistic`, and they are right: they run in the tests. An error is a library's own if it
+The files are the [recipes](recipes.md), and they are right: they run in the tests. An error is a library's own if it
 goes away once that library is read as `Any`. "Others" are what is left with the overlay: JAX's own and optax's. Here
 nothing is switched off.
 

@@ -1,6 +1,8 @@
-"""A learning rate that warms up and decays, one that waits for a plateau, and one that is changed by hand.
+"""Learning rates: schedule, plateau, by hand.
 
-All three are optax's, and live in the optimizer's state, so they are saved with the carry and compile nothing anew.
+One warms up and decays, one waits for a plateau, one is changed by hand in the middle. All three are optax's, and
+live in the optimizer's state, so they are saved with the carry and compile nothing anew; `with_optimizer` hands the
+loss to the one that looks for a plateau.
 """
 
 from typing import Any
@@ -34,12 +36,11 @@ def optimizers(steps: int) -> dict[str, optax.GradientTransformation]:
     }
 
 
-def train(steps: int = 200) -> tuple[float, float]:
-    """Trains with each; gives the worst first and last loss."""
+def main() -> None:
+    steps = 200
     x = jax.random.normal(jax.random.key(0), (128, 8))
     batch = x, jnp.sin(x).sum(-1)
     params, state = fs.split_params(model.init(jax.random.key(1), x))
-    ends = []
     for name, tx in optimizers(steps).items():
         carry = fs.init_carry(params, state, tx)
         step = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(loss_fn, tx)))
@@ -51,11 +52,9 @@ def train(steps: int = 200) -> tuple[float, float]:
                 slower = {**carry.opt_state.hyperparams, "learning_rate": 5e-3}
                 opt_state = carry.opt_state._replace(hyperparams=slower)
                 carry = fs.adopt_carry(carry._replace(opt_state=opt_state), carry)
-        print(f"{name}: loss {losses[0]:.3f} -> {losses[-1]:.4f}, one compile")
-        ends.append((losses[0], losses[-1]))
-    firsts, lasts = zip(*ends, strict=True)
-    return max(firsts), max(lasts)
+        print(f"{name}: loss {losses[0]:.3f} -> {losses[-1]:.4f}, one trace")
+        assert losses[-1] < losses[0] / 20
 
 
 if __name__ == "__main__":
-    train()
+    main()

@@ -1,6 +1,15 @@
-"""Many hosts: params sharded over a mesh, each process feeding its own part of the batch."""
+"""Many devices, one or many hosts.
+
+The step is the one of a single device: where its leaves live is said once, when the carry is made. Here params are
+sharded over all devices (fully sharded data parallelism) and the batch is split over them; `jit_step(like=carry)`
+pins what comes out to where it went in, so the second step finds what the first compiled. The same program runs in
+many processes, each feeding its part.
+"""
 
 import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # before JAX starts
+
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,14 +20,16 @@ import numpy as np
 import numpy.typing as npt
 import optax
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
+Tree = dict[str, Any]
+
 
 class MLP(nn.Module):
-    hidden: int = 16
+    hidden: int = 64
 
     @nn.compact
     def __call__(self, x: Array, train: bool = True) -> Array:
@@ -27,28 +38,27 @@ class MLP(nn.Module):
         return nn.Dense(1)(nn.relu(x))
 
 
-model = MLP()
+model, tx = MLP(), optax.adam(1e-2)
 apply = fs.with_mutable(model)
-tx = optax.adam(1e-2)
 
 
-def loss_fn(params: dict[str, Any], state: dict[str, Any], batch: dict[str, Array]) -> tuple[Array, dict[str, Any]]:
+def loss_fn(params: Tree, state: Tree, batch: dict[str, Array]) -> tuple[Array, Tree]:
     prediction, state = apply(params, state, batch["x"], train=True)
     return jnp.square(prediction - batch["y"]).mean(), state
 
 
 def sharding_of(mesh: Mesh, leaf: Array) -> NamedSharding:
-    """Shards the last axis where it divides, as fully sharded data parallelism does."""
+    """Splits the last axis of a kernel where it divides."""
     divides = leaf.ndim == 2 and leaf.shape[-1] % mesh.shape["data"] == 0
     return NamedSharding(mesh, P(None, "data") if divides else P())
 
 
-def place(mesh: Mesh, params: dict[str, Any]) -> dict[str, Any]:
+def place(mesh: Mesh, params: Tree) -> Tree:
     def put(leaf: Array) -> Array:
         placed: Array = jax.device_put(leaf, sharding_of(mesh, leaf))
         return placed
 
-    tree: dict[str, Any] = jax.tree.map(put, params)
+    tree: Tree = jax.tree.map(put, params)
     return tree
 
 
@@ -64,17 +74,27 @@ def global_batch(mesh: Mesh, local: dict[str, npt.NDArray[np.float32]]) -> dict[
     return {name: jax.make_array_from_process_local_data(sharding, part) for name, part in local.items()}
 
 
-def train(steps: int = 2) -> float:
+def main() -> None:
     if "COORDINATOR" in os.environ:
         jax.distributed.initialize(os.environ["COORDINATOR"], int(os.environ["HOSTS"]), int(os.environ["HOST"]))
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     params, state = fs.split_params(model.init(jax.random.key(0), jnp.ones((1, 4))))
     carry = fs.init_carry(place(mesh, params), state, tx)
     step = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(loss_fn, tx)), like=carry)
-    loss = jnp.zeros(())
+    losses = []
     with fs.compile_log() as log:
-        for local in local_batches(steps, 2 * jax.device_count()):
+        for local in local_batches(200, 8 * jax.device_count()):
             carry, loss = step(carry, global_batch(mesh, local))
+            losses.append(float(loss))
+    kernel = carry.params["Dense_0"]["kernel"]
+    assert losses[-1] < losses[0] / 10
+    assert log.compiles["loss_fn"] == 1
+    assert kernel.sharding == carry.opt_state[0].mu["Dense_0"]["kernel"].sharding  # Adam's moments follow
     if jax.process_index() == 0:
-        print(log)
-    return float(loss)
+        print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f} on {jax.device_count()} devices, one compile")
+        part = kernel.addressable_shards[0].data.shape
+        print(f"a kernel of {kernel.shape} is {part} on each device, and so are its moments")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,9 @@
-"""Contrastive learning with two encoders: one optimizer over both, and a temperature that is learned with them."""
+"""Two encoders, contrasted.
+
+Images and texts are encoded by two models into one space; params and state are trees, so those of both go into one
+dict each, beside a temperature that is learned with them, and one optimizer serves all. `vmap_stateful` maps the
+encoder of one image over the batch, with batch statistics over all of it.
+"""
 
 import functools
 from typing import Any
@@ -33,10 +38,11 @@ class TextEncoder(nn.Module):
         return nn.Dense(self.size)((x * weight[..., None]).sum(-2) / weight.sum(-1, keepdims=True))
 
 
-images, texts = ImageEncoder(size=8), TextEncoder(size=8)
+images, texts = ImageEncoder(size=16), TextEncoder(size=16)
 encode_image = fs.vmap_stateful(fs.with_mutable(images), axis_name="batch")
+look_at_image = fs.vmap_stateful(fs.with_mutable(images, mutable=False), axis_name="batch")
 encode_text = fs.with_mutable(texts)
-tx = optax.adamw(1e-3)
+tx = optax.adamw(1e-2)
 
 
 def normalized(x: Array) -> Array:
@@ -65,18 +71,24 @@ def init(key: Array, image: Array, tokens: Array) -> fs.Carry:
 
 def recall(carry: fs.Carry, image: Array, tokens: Array) -> float:
     params, state = carry.params, carry.state
-    image_code, _ = encode_image(params["image"], state["image"], image, False)
+    image_code, _ = look_at_image(params["image"], state["image"], image, train=False)
     text_code, _ = encode_text(params["text"], state["text"], tokens)
     nearest = (normalized(image_code) @ normalized(text_code).T).argmax(axis=-1)
     return float((nearest == jnp.arange(len(nearest))).mean())
 
 
-def train(steps: int = 2) -> float:
+def main() -> None:
     key = jax.random.key(0)
-    image, tokens = jax.random.normal(key, (6, 5, 5, 1)), jax.random.randint(key, (6, 4), 1, 13)
+    image, tokens = jax.random.normal(key, (16, 5, 5, 1)), jax.random.randint(key, (16, 4), 1, 13)
     carry = init(key, image, tokens)
-    step = fs.jit_step(fs.with_optimizer(loss_fn, tx))
-    loss = jnp.zeros(())
-    for _ in range(steps):
-        carry, loss = step(carry, (image, tokens))
-    return float(loss)
+    before = recall(carry, image, tokens)
+    step = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(loss_fn, tx)))
+    for _ in range(300):
+        carry, _ = step(carry, (image, tokens))
+    after = recall(carry, image, tokens)
+    assert after > 0.9 > before
+    print(f"the text nearest to an image is its own: {before:.2f} -> {after:.2f} of the time")
+
+
+if __name__ == "__main__":
+    main()
