@@ -520,8 +520,8 @@ def jit_step(step: Step[C, BatchT, OutT], *, like: Any = None, donate: bool = Tr
         like: a carry whose shardings the carry that comes out is to have, so that on a mesh the second call hits the
             first call's executable. On one device all arguments are pinned to it: whether they are committed, as after
             `jax.device_put`, no longer matters; without `like` JAX compiles once for each mixture of these.
-        donate: whether the carry's buffers are reused. A carry can then be passed once: a second time JAX raises
-            `RuntimeError: Array has been deleted`, in its own words, since nothing of ours runs at a dispatch.
+        donate: whether the carry's buffers are reused. A carry can then be passed once: a second time JAX says
+            in its own words that it was deleted, since nothing of ours runs at a dispatch.
 
     Returns:
         The compiled step.

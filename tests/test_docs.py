@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import inspect
 import pathlib
 import re
 from typing import Any
@@ -10,10 +11,11 @@ import jax
 import nbformat
 import pytest
 
-from tools import notebook
+import flaxsplit as fs
+from tools import notebook, pictures
 
 ROOT = pathlib.Path(__file__).parent.parent
-PLACES = ("*.md", "docs/*.md", "stubs/*.md", "benchmarks/results/*/report.md")
+PLACES = ("*.md", "docs/*.md", "docs/combinators/*.md", "stubs/*.md", "benchmarks/results/*/report.md")
 PAGES = [page for place in PLACES for page in sorted(ROOT.glob(place))]
 SHOWN = [page for page in PAGES if "```pycon" in page.read_text()]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -61,6 +63,17 @@ def test_the_notebook_is_the_tutorial_and_runs() -> None:
             assert repr(found) == cell.outputs[0].data["text/plain"]
             shown += 1
     assert shown == sum(bool(cell.get("outputs")) for cell in read.cells) >= 8
+
+
+def test_each_combinator_has_a_page_and_a_picture() -> None:
+    pages = {path.stem: path.read_text() for path in pictures.FOLDER.glob("*.md")}
+    named = [name for text in pages.values() for name in text.splitlines()[0].removeprefix("# ").split(", ")]
+    assert sorted(named) == [name for name, _ in inspect.getmembers(fs, inspect.isfunction) if name[0] != "_"]
+    drawn = {path.stem: path.read_text() for path in pictures.FOLDER.glob("*.svg")}
+    assert drawn == {name: pictures.drawn(flow, name) for name, flow in pictures.FLOWS.items()}
+    assert all(f"]({name}.svg)" in text for name, text in pages.items())
+    parts = {name: re.findall(r"^## (\w+)", text, re.MULTILINE) for name, text in pages.items()}
+    assert {name: found for name, found in parts.items() if found != ["Example", "As", "Errors"]} == {}
 
 
 def test_no_code_is_left_out() -> None:

@@ -7,6 +7,7 @@ import runpy
 
 import pytest
 
+from . import nnx_models
 from .flags import needs_jit, needs_x32
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -17,6 +18,8 @@ RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.py"))
 @needs_x32
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_runs(path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if path.stem == "nnx_module" and not nnx_models.NEW:
+        pytest.skip("before flax 0.11 nnx.Optimizer.update took the gradients alone")
     runpy.run_path(str(path), run_name="__main__")
     assert re.search(r"\d", capsys.readouterr().out)  # it says what it measured
 

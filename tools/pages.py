@@ -9,7 +9,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = pathlib.Path(__file__).parent.parent
 PUBLIC = re.compile(r"^from \._\w+ import \w+ as (\w+)", re.MULTILINE)
-TABLE = re.compile(r"^\| (`.*`) \| (.*) \|$", re.MULTILINE)
+TABLE = re.compile(r"^\| \[(`.*`)\]\((.*)\) \| (.*) \|$", re.MULTILINE)
 WIDE = ("index.md", "types.md", "recipes/")
 HEAD = "# API\n\nEvery public name, in the order in which a training loop meets them."
 
@@ -48,8 +48,12 @@ def api(readme: str) -> str:
     """The README's list of combinators, each with its docstring; then the types and the errors."""
     public = PUBLIC.findall((ROOT / "flaxsplit" / "__init__.py").read_text())
     lines = [HEAD]
-    for names, words in TABLE.findall(readme):
+    for names, page, words in TABLE.findall(readme):
         found = re.findall(r"`(\w+)`", names)
-        lines += [f"## {names}", f"{words[:1].upper()}{words[1:]}.", *map("::: flaxsplit.{}".format, found)]
+        lines += [
+            f"## {names}",
+            f"{words[:1].upper()}{words[1:]}. [Its page]({page})",
+            *map("::: flaxsplit.{}".format, found),
+        ]
         public = [name for name in public if name not in found]
     return "\n\n".join([*lines, "## Types and errors", *map("::: flaxsplit.{}".format, public)])
