@@ -14,7 +14,7 @@ PYTEST := pytest -n 2 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test checked bench soak types types-once docs lint audit flags lowest newest check clean
+.PHONY: help demo test checked fuzz bench soak types types-once docs lint audit flags lowest newest check clean
 .DELETE_ON_ERROR:
 # Two installations at once into one environment would break it.
 .NOTPARALLEL:
@@ -33,6 +33,14 @@ test: $(VENV)/.installed-test  ## every test and every docstring
 checked: $(VENV)/.installed-test  ## the tests again, every signature checked at run time
 	FLAXSPLIT_TYPECHECKER=typeguard $(BIN)/$(PYTEST)
 	@echo "make checked: all tests passed"
+
+# One process: a machine's second core is then free for XLA. SECONDS=600 gives each test of test_fuzz so long, and leaves
+# out the laws over trees, which end by count alone.
+fuzz: $(VENV)/.installed-test  ## the laws over 10,000 drawn models each, or for SECONDS= each
+	rm -f build/fuzz.json
+	HYPOTHESIS_PROFILE=deep FUZZ_SECONDS=$(or $(SECONDS),inf) FUZZ_REPORT=build/fuzz.json \
+		$(BIN)/pytest -s tests/test_fuzz.py $(if $(SECONDS),,tests/test_laws.py)
+	@echo "make fuzz: all laws held"
 
 bench: $(VENV)/.installed-bench  ## every benchmark once, quickly
 	$(BIN)/python -m benchmarks --quick --out build/benchmarks
@@ -87,7 +95,7 @@ newest:  ## the tests with the newest Python and dependencies, on the built whee
 	$(VENV)-newest/bin/$(PYTEST) --import-mode=append tests --pyargs flaxsplit; \
 	set +x; echo "make newest: all tests passed"
 
-check: lint docs audit test checked lowest newest types demo bench  ## all of the above
+check: lint docs audit test checked lowest newest types demo bench  ## all of the above but fuzz
 	@echo "make check: everything passed"
 
 soak: $(VENV)/.installed-test  ## 100,000 steps and eight threads: nothing grows, compiles again or drifts

@@ -1,5 +1,9 @@
-"""What the laws are tried on: variable trees of every kind that Flax makes, filters, optimizers."""
+"""What the laws are tried on: variable trees of every kind that Flax makes, filters, optimizers, models, stacks."""
 
+import json
+import os
+import pathlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -9,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.core import FrozenDict
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from . import drawn_models as drawn
 
 Path: TypeAlias = tuple[str, ...]
 Strategy: TypeAlias = st.SearchStrategy[Any]
@@ -27,6 +33,71 @@ COLLECTIONS = ["batch_stats", "cache", "ema", "mine"]
 def examples(count: int) -> settings:
     """As `settings(max_examples=count)`, but the profile `deep` multiplies it."""
     return settings(max_examples=max(count, count * settings().max_examples // 25))
+
+
+class TimeIsUp(BaseException):
+    """Ends a test's examples: hypothesis lets pass what is no Exception."""
+
+
+class Budget:
+    """How long a test may draw examples, and how many it tried."""
+
+    def __init__(self, name: str, least: int = 3) -> None:
+        self.name, self.least, self.tried, self.failed = name, least, 0, False
+        self.seconds = float(os.environ.get("FUZZ_SECONDS", 20))
+        self.started = self.said = time.monotonic()
+
+    def next(self) -> None:
+        """Begins an example, unless time is up. What failed is shrunk to the end, however long that takes."""
+        now = time.monotonic()
+        if now - self.started > self.seconds and self.tried >= self.least and not self.failed:
+            raise TimeIsUp
+        self.tried += 1
+        if self.tried % 50 == 0:
+            jax.clear_caches()  # thousands of programs would fill the memory
+        if now - self.said > 10:
+            self.said = now
+            print(f"fuzz: {self.name}: {self.tried} examples, {now - self.started:.0f} s", flush=True)
+
+    def spend(self, test: Callable[[], object]) -> None:
+        """Runs a test of hypothesis to its end or until time is up, and writes down how many examples it tried."""
+        try:
+            test()
+        except TimeIsUp:
+            pass
+        finally:
+            print(f"fuzz: {self.name}: {self.tried} examples, done", flush=True)
+            if "FUZZ_REPORT" in os.environ:
+                path = pathlib.Path(os.environ["FUZZ_REPORT"])
+                path.parent.mkdir(parents=True, exist_ok=True)
+                found = json.loads(path.read_text()) if path.exists() else {}
+                path.write_text(json.dumps(found | {self.name: self.tried}, indent=1) + "\n")
+        assert self.tried >= self.least
+
+
+def fuzzed(**drawn_from: Strategy) -> Callable[[Callable[..., None]], Callable[[], None]]:
+    """As `given`, but for as many examples as fit into `FUZZ_SECONDS`."""
+
+    def decorate(test: Callable[..., None]) -> Callable[[], None]:
+        def timed() -> None:
+            budget = Budget(test.__name__)
+
+            @settings(max_examples=max(1000, settings().max_examples))
+            @given(**drawn_from)
+            def example(**values: Any) -> None:
+                budget.next()
+                try:
+                    test(**values)
+                except Exception:
+                    budget.failed = True
+                    raise
+
+            budget.spend(example)
+
+        timed.__name__, timed.__module__ = test.__name__, test.__module__
+        return timed
+
+    return decorate
 
 
 class CustomMapping(Mapping[str, Any]):
@@ -227,3 +298,45 @@ def chains() -> st.SearchStrategy[optax.GradientTransformation]:
     """An optax chain of any parts, down the gradient."""
     parts = st.lists(st.integers(0, len(PARTS) - 1), min_size=1, max_size=3, unique=True)
     return parts.map(lambda each: optax.chain(*(PARTS[i] for i in each), optax.scale(-0.1)))
+
+
+def optimizers() -> st.SearchStrategy[optax.GradientTransformation]:
+    """A named one, or a chain."""
+    return st.sampled_from(sorted(OPTIMIZERS)).map(OPTIMIZERS.__getitem__) | chains()
+
+
+@st.composite
+def models(draw: st.DrawFn, *, rounding: bool = True, dropout: bool = True, cached: bool = True) -> drawn.Model:
+    """Some layers in an order that fits; without `rounding`, in f32 alone, as two programs of one step need."""
+    timeless, embedded = draw(st.booleans()), draw(st.booleans())
+    precision = st.sampled_from(["float32", "bfloat16", "float16"] if rounding else ["float32"])
+    layers: list[Strategy] = [
+        st.builds(drawn.Dense, st.booleans(), st.none() | precision, precision),
+        st.just(drawn.BatchNorm()),
+        st.just(drawn.Sow()),
+        st.just(drawn.Remember()),
+    ]
+    layers += [st.just(drawn.Dropout())] if dropout else []
+    if not timeless:
+        layers += [st.just(drawn.Conv()), st.builds(drawn.RNN, st.sampled_from(["GRUCell", "LSTMCell"]))]
+        layers += [st.builds(drawn.Attention, st.booleans() if cached else st.just(False))]
+    some = draw(st.lists(st.one_of(layers), min_size=1, max_size=3))
+    some = [drawn.Embed(), *some] if embedded else some
+    frozen = draw(st.frozensets(st.integers(0, len(some) - 1)))
+    return drawn.Model(tuple(some), frozen, timeless)
+
+
+@st.composite
+def stacks(draw: st.DrawFn, model: drawn.Model, microbatches: list[int] | None = None) -> drawn.Stack:
+    """Combinators in any order that is valid around this model."""
+    functions = ["rngs"] if model.has(drawn.Dropout) else []
+    if not model.cached and draw(st.booleans()):  # a cache has the batch axis itself
+        functions.append("vmap")
+    steps = draw(st.lists(st.sampled_from(["ema", "traced"]), unique=True))
+    return drawn.Stack(
+        tuple(draw(st.permutations(functions))),
+        tuple(steps),
+        draw(st.sampled_from(microbatches or [1])) if not model.cached else 1,
+        draw(st.booleans()),
+        draw(st.booleans()),
+    )
