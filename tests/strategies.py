@@ -15,6 +15,7 @@ import optax
 from flax.core import FrozenDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Flaky, UnsatisfiedAssumption
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from . import drawn_models as drawn
@@ -48,10 +49,8 @@ class Budget:
         self.started = self.said = time.monotonic()
 
     def next(self) -> None:
-        """Begins an example, unless time is up. What failed is shrunk to the end, however long that takes."""
+        """Begins an example."""
         now = time.monotonic()
-        if now - self.started > self.seconds and self.tried >= self.least and not self.failed:
-            raise TimeIsUp
         self.tried += 1
         if self.tried % 50 == 0:
             jax.clear_caches()  # thousands of programs would fill the memory
@@ -59,12 +58,20 @@ class Budget:
             self.said = now
             print(f"fuzz: {self.name}: {self.tried} examples, {now - self.started:.0f} s", flush=True)
 
+    def end(self) -> None:
+        """Ends an example that drew all it draws, and the test if time is up; what failed is shrunk to the end."""
+        if time.monotonic() - self.started > self.seconds and self.tried >= self.least and not self.failed:
+            raise TimeIsUp
+
     def spend(self, test: Callable[[], object]) -> None:
         """Runs a test of hypothesis to its end or until time is up, and writes down how many examples it tried."""
         try:
             test()
         except TimeIsUp:
             pass
+        except Flaky as error:  # the same example passed before time was up
+            if not isinstance(error.__context__, TimeIsUp):
+                raise
         finally:
             print(f"fuzz: {self.name}: {self.tried} examples, done", flush=True)
             if "FUZZ_REPORT" in os.environ:
@@ -88,9 +95,10 @@ def fuzzed(**drawn_from: Strategy) -> Callable[[Callable[..., None]], Callable[[
                 budget.next()
                 try:
                     test(**values)
-                except Exception:
-                    budget.failed = True
+                except Exception as error:
+                    budget.failed = not isinstance(error, UnsatisfiedAssumption)
                     raise
+                budget.end()
 
             budget.spend(example)
 
