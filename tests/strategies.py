@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.errors import Flaky, UnsatisfiedAssumption
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from benchmarks._measure import about
+
 from . import drawn_models as drawn
 
 Path: TypeAlias = tuple[str, ...]
@@ -45,7 +47,7 @@ class Budget:
 
     def __init__(self, name: str, least: int = 3) -> None:
         self.name, self.least, self.tried, self.failed = name, least, 0, False
-        self.seconds = float(os.environ.get("FUZZ_SECONDS", 20))
+        self.seconds = float(os.environ.get("FUZZ_SECONDS", 8))
         self.started = self.said = time.monotonic()
 
     def next(self) -> None:
@@ -77,8 +79,10 @@ class Budget:
             if "FUZZ_REPORT" in os.environ:
                 path = pathlib.Path(os.environ["FUZZ_REPORT"])
                 path.parent.mkdir(parents=True, exist_ok=True)
-                found = json.loads(path.read_text()) if path.exists() else {}
-                path.write_text(json.dumps(found | {self.name: self.tried}, indent=1) + "\n")
+                found = json.loads(path.read_text())["examples"] if path.exists() else {}
+                command = {"command": f"make fuzz SECONDS={self.seconds:g}"}
+                told = {"about": about() | command, "examples": found | {self.name: self.tried}}
+                path.write_text(json.dumps(told, indent=1) + "\n")
         assert self.tried >= self.least
 
 

@@ -12,7 +12,7 @@ import nbformat
 import pytest
 
 import flaxsplit as fs
-from tools import notebook, pictures
+from tools import notebook, pictures, trust
 
 ROOT = pathlib.Path(__file__).parent.parent
 PLACES = ("*.md", "docs/*.md", "docs/combinators/*.md", "stubs/*.md", "benchmarks/results/*/report.md")
@@ -63,6 +63,10 @@ def test_the_notebook_is_the_tutorial_and_runs() -> None:
             assert repr(found) == cell.outputs[0].data["text/plain"]
             shown += 1
     assert shown == sum(bool(cell.get("outputs")) for cell in read.cells) >= 8
+
+
+def test_what_is_told_of_trust_is_stored() -> None:
+    assert trust.PAGE.read_text() == trust.page()
 
 
 def test_each_combinator_has_a_page_and_a_picture() -> None:

@@ -1,0 +1,115 @@
+"""Writes `docs/trust.md` with `--write`; without, fails where the page is not what the stored results say.
+
+What is stored in `tests/results` was written by the commands that the page names.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGE, RESULTS = ROOT / "docs" / "trust.md", ROOT / "tests" / "results"
+sys.path[:0] = [str(ROOT)]
+
+from benchmarks._report import where  # noqa: E402 (found beside this folder)
+
+WORDS = {
+    "test_law_1_split_and_merge": "1: split and merge lose nothing",
+    "test_law_2_apply": "2: a wrapped model is its `apply`",
+    "test_law_3_vmap": "3: a mapped example is the whole batch",
+    "test_laws_4_and_6_the_loop_of_the_guide": "4 and 6: a step is the loop by hand; its average too",
+    "test_law_5_scan": "5: a scan is the loop",
+    "test_law_5_microbatches": "5: microbatches are the whole batch",
+    "test_law_8_mesh": "8: a mesh is one device",
+    "test_training_in_any_order_is_the_plain_loop": "split, merge, step, scan, save, restore, adopt in any order: the plain loop",
+}
+
+
+def page() -> str:
+    """The page, from what is stored."""
+    fuzz, soak = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("fuzz", "soak"))
+    refused = re.search(r"^Of (\d+) calls.*?says it better", (ROOT / "docs" / "errors.md").read_text(), re.M | re.S)
+    if not refused:
+        raise SystemExit("trust: docs/errors.md does not say how many wrong calls were made")
+    calls = f"{' '.join(refused[0].split())}."
+    return "\n".join(["# Trust", "", HEAD, "", *laws(fuzz), *long(soak), *WRONG, calls, "", REST])
+
+
+def laws(found: Any) -> list[str]:
+    """Examples tried, law by law."""
+    rows = [f"| {WORDS[name]} | {tried} |" for name, tried in found["examples"].items()]
+    total = sum(found["examples"].values())
+    return [
+        "## Laws under fuzz",
+        "",
+        FUZZ,
+        "",
+        "| law | examples |",
+        "|---|---|",
+        *rows,
+        f"| all | {total} |",
+        "",
+        f"`{found['about']['command']}` on {where(found['about'])}. `make fuzz` tries 10,000 of each, and those of `tests/test_laws.py`.",
+        "",
+    ]
+
+
+def long(found: Any) -> list[str]:
+    """Steps run, and what stayed as it was."""
+    seen, threads = found["seen"], found["threads"]
+    grown = (max(seen["host"]) - seen["host"][0]) / 2**20
+    return [
+        "## A long run",
+        "",
+        f"{found['steps']:,} steps beside the loop by hand, batches of {', '.join(map(str, found['sizes']))} in turn: "
+        f"{found['traces']} traces, {found['compiles']} compiles, equal bit for bit. At each of {len(seen['arrays'])} looks "
+        f"{max(seen['arrays'])} arrays were alive and {max(seen['device']):,} bytes on the device, after up to "
+        f"{max(seen['most on device']) / 1e6:.1f} MB; host memory grew by {grown:.1f} MiB.",
+        "",
+        f"{threads['callers']} threads called one step, {threads['steps']} times each: {threads['compiles']} compiles, "
+        "and each result equal to that of a thread alone.",
+        "",
+        f"`{found['about']['command']}` (`make soak`) on {where(found['about'])}.",
+        "",
+    ]
+
+
+HEAD = "What was tried to break it, how often, and the command that tries again."
+FUZZ = (
+    "Hypothesis draws models (Dense, Conv, BatchNorm, Dropout, Embed, recurrent cells, attention with a cache, sown values, metadata,\n"
+    "several dtypes), optimizers and stacks of combinators, and compares them with loops written out by hand. Each test of the suite draws for\n"
+    "a few seconds; longer runs are stored."
+)
+WRONG = ["## Wrong calls", ""]
+REST = """Which, argument by argument: [errors](errors.md). `make test` makes them all.
+
+## The rest
+
+- Every change runs the suite on Python 3.11 with the oldest versions that are supported (`make lowest`), on the newest CPython found
+  with the newest of everything, on the built wheel (`make newest`), and with every signature checked at run time (`make checked`).
+- The tests under JAX's flags, leaked tracers, NaN, 64 bits, rank promotion, no jit: `make flags`. A test that cannot pass under one says why.
+- Nothing in the package opens a socket or a file, pickles or evaluates: its syntax is read for it, and an audit hook watches it run
+  (`tests/test_trust.py`). Two builds give the same wheel.
+- Known vulnerabilities of what is installed: `make audit`.
+- Every public signature is stored in `tests/api.txt`; one that changes fails the tests until the changelog tells of it.
+"""
+
+
+def main() -> int:
+    """Compares or writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write docs/trust.md")
+    text = page()
+    if parser.parse_args().write:
+        PAGE.write_text(text)
+    elif not PAGE.exists() or PAGE.read_text() != text:
+        print("trust: docs/trust.md is not what the stored results say; run `python tools/trust.py --write`")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
