@@ -25,9 +25,11 @@ import flaxsplit as fs
 
 from . import strategies as some
 from .drawn_models import BATCH, Drawn, Dropout, Model, Sow, Stack
+from .flags import needs_jit
 from .models import structure
 from .test_mesh import assert_close, by_shape, on
 
+pytestmark = needs_jit
 DECAY = 0.9
 PAIRS = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)  # two divides a drawn model's width
 SGD = optax.sgd(0.05, momentum=0.9)

@@ -24,7 +24,7 @@ WORDS = {
     "test_law_5_scan": "5: a scan is the loop",
     "test_law_5_microbatches": "5: microbatches are the whole batch",
     "test_law_8_mesh": "8: a mesh is one device",
-    "test_training_in_any_order_is_the_plain_loop": "split, merge, step, scan, save, restore, adopt in any order: the plain loop",
+    "test_training_in_any_order_is_the_plain_loop": "any order of split, merge, step, scan, save, restore: the loop",
 }
 
 
@@ -52,7 +52,8 @@ def laws(found: Any) -> list[str]:
         *rows,
         f"| all | {total} |",
         "",
-        f"`{found['about']['command']}` on {where(found['about'])}. `make fuzz` tries 10,000 of each, and those of `tests/test_laws.py`.",
+        f"`{found['about']['command']}` on {where(found['about'])}.",
+        "`make fuzz` tries 10,000 of each, and of each law in `tests/test_laws.py`.",
         "",
     ]
 
@@ -65,9 +66,10 @@ def long(found: Any) -> list[str]:
         "## A long run",
         "",
         f"{found['steps']:,} steps beside the loop by hand, batches of {', '.join(map(str, found['sizes']))} in turn: "
-        f"{found['traces']} traces, {found['compiles']} compiles, equal bit for bit. At each of {len(seen['arrays'])} looks "
-        f"{max(seen['arrays'])} arrays were alive and {max(seen['device']):,} bytes on the device, after up to "
-        f"{max(seen['most on device']) / 1e6:.1f} MB; host memory grew by {grown:.1f} MiB.",
+        f"{found['traces']} traces, {found['compiles']} compiles, equal bit for bit. "
+        f"At each of {len(seen['arrays'])} looks {max(seen['arrays'])} arrays were alive "
+        f"and {max(seen['device']):,} bytes on the device, after up to {max(seen['most on device']) / 1e6:.1f} MB; "
+        f"host memory grew by {grown:.1f} MiB.",
         "",
         f"{threads['callers']} threads called one step, {threads['steps']} times each: {threads['compiles']} compiles, "
         "and each result equal to that of a thread alone.",
@@ -78,21 +80,21 @@ def long(found: Any) -> list[str]:
 
 
 HEAD = "What was tried to break it, how often, and the command that tries again."
-FUZZ = (
-    "Hypothesis draws models (Dense, Conv, BatchNorm, Dropout, Embed, recurrent cells, attention with a cache, sown values, metadata,\n"
-    "several dtypes), optimizers and stacks of combinators, and compares them with loops written out by hand. Each test of the suite draws for\n"
-    "a few seconds; longer runs are stored."
-)
+FUZZ = """Hypothesis draws models (Dense, Conv, BatchNorm, Dropout, Embed, recurrent cells, attention with a cache, sown
+values, metadata, several dtypes), optimizers and stacks of combinators, and compares them with loops written by hand.
+Each test of the suite draws for a few seconds; a longer run is told of here."""
 WRONG = ["## Wrong calls", ""]
 REST = """Which, argument by argument: [errors](errors.md). `make test` makes them all.
 
 ## The rest
 
-- Every change runs the suite on Python 3.11 with the oldest versions that are supported (`make lowest`), on the newest CPython found
-  with the newest of everything, on the built wheel (`make newest`), and with every signature checked at run time (`make checked`).
-- The tests under JAX's flags, leaked tracers, NaN, 64 bits, rank promotion, no jit: `make flags`. A test that cannot pass under one says why.
-- Nothing in the package opens a socket or a file, pickles or evaluates: its syntax is read for it, and an audit hook watches it run
-  (`tests/test_trust.py`). Two builds give the same wheel.
+- Every change runs the suite on Python 3.11 with the oldest versions supported (`make lowest`), on the newest CPython
+  found with the newest of everything, on the built wheel (`make newest`), and with every signature checked at run time
+  (`make checked`).
+- The tests under JAX's flags, leaked tracers, NaN, 64 bits, rank promotion, no jit: `make flags`. A test that cannot
+  pass under one says why.
+- Nothing in the package opens a socket or a file, pickles or evaluates: its syntax is read for it, and an audit hook
+  watches it run (`tests/test_trust.py`). Two builds give the same wheel.
 - Known vulnerabilities of what is installed: `make audit`.
 - Every public signature is stored in `tests/api.txt`; one that changes fails the tests until the changelog tells of it.
 """
