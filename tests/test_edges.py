@@ -1,0 +1,141 @@
+"""Where a condition turns: each of these was written because a changed package had passed all the other tests."""
+
+import time
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flaxsplit as fs
+
+from .flags import needs_jit
+
+TX = optax.sgd(0.5)
+
+
+@pytest.mark.parametrize(("names", "shown"), [("abc", "3: 'a', 'b', 'c'"), ("abcd", "4: 'a', 'b', 'c', ...")])
+def test_dots_stand_for_at_least_one_param(names: str, shown: str) -> None:
+    with pytest.raises(fs.CollectionError) as caught:
+        fs.split_params({"params": dict.fromkeys(names, 1.0)}, trainable="zz*")
+    assert caught.value.leaves == (f"'zz*' matches none of {shown}",)
+
+
+def test_the_whole_tree_is_no_branch_that_a_glob_may_have_meant() -> None:
+    with pytest.raises(fs.CollectionError) as caught:
+        fs.split_params({"params": {"w": 1.0}}, trainable="/a")
+    assert caught.value.fix == "a glob on the '/'-joined path: 'head/*'"
+
+
+@pytest.mark.parametrize(
+    ("params", "frozen", "both"),
+    [
+        ({"w": 1}, {"w": 2}, ["params['w']"]),
+        ({"w": {"a": 1}}, {"w": 2}, ["params['w']"]),
+        ({"w": 1}, {"w": {"a": 2}}, ["params['w']"]),
+    ],
+)
+def test_a_param_and_a_branch_of_one_name_overlap(params: Any, frozen: Any, both: list[str]) -> None:
+    with pytest.raises(fs.CollectionError) as caught:
+        fs.merge_state(params, {"params": frozen})
+    assert list(caught.value.leaves) == both
+
+
+def test_an_empty_branch_gives_way_to_a_full_one() -> None:
+    full, empty = {"w": {"a": 1}}, dict[str, Any]({"w": {}})
+    assert fs.merge_state(empty, {"params": full}) == fs.merge_state(full, {"params": empty}) == {"params": full}
+
+
+def test_a_uint32_alone_is_no_key() -> None:
+    with pytest.raises(fs.SignatureError) as caught:
+        fs.rng_state(dropout=jnp.uint32(3))
+    assert caught.value.leaves == ("dropout: u32[]",)
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+@pytest.mark.parametrize("layers", [None, 3])
+def test_a_call_draws_the_second_half_and_keeps_the_first(make: Any, layers: int | None) -> None:
+    key = make(0)
+    pairs = jax.random.split(key)
+    if layers:  # one key per layer
+        key = jnp.stack([make(i) for i in range(layers)])
+        pairs = jnp.stack([jax.random.split(each) for each in key], axis=1)
+    fn: Any = fs.with_rngs(lambda params, state, *, rngs: (rngs["noise"], state))
+    drawn, state = fn({}, fs.rng_state(noise=key))
+    equal = jax.tree.map(lambda a, b: np.asarray(a == b).all(), (state["rngs"]["noise"], drawn), (pairs[0], pairs[1]))
+    assert all(equal)
+    assert drawn.shape == key.shape
+
+
+@pytest.mark.parametrize("stack", [(3,), (2, 3)])
+def test_stacked_keys_are_drawn_per_place_in_their_own_order(stack: tuple[int, ...]) -> None:
+    keys = jax.random.split(jax.random.key(0), stack)
+    fn: Any = fs.with_rngs(lambda params, state, x, *, rngs: (rngs["noise"], state), axis_name="i")
+    drawn, _ = jax.vmap(fn, (None, None, 0), (0, None), axis_name="i")({}, fs.rng_state(noise=keys), jnp.arange(2))
+    assert drawn.shape == (2, *stack)
+    for place in range(2):
+        for at in np.ndindex(*stack):
+            assert drawn[place][at] == jax.random.fold_in(jax.random.split(keys[at])[1], place)
+
+
+@pytest.mark.parametrize(("decay", "average"), [(0, 0.5), (0.0, 0.5), (1, 1.0), (1.0, 1.0)])
+def test_an_average_may_follow_at_once_or_never(decay: float, average: float) -> None:
+    step = fs.with_ema(fs.with_optimizer(lambda params, state, x: (params["w"] * x, state), TX), decay=decay)
+    params = {"w": jnp.ones(())}
+    carry, _ = step(fs.init_carry(params, {"ema": params}, TX), jnp.float32(1))
+    assert carry.state["ema"]["w"] == average
+
+
+@needs_jit
+def test_a_log_shows_what_was_only_traced_and_adds_up_what_was_spent() -> None:
+    def only_traced(x: Any) -> Any:
+        return x + 1
+
+    began = time.perf_counter()
+    with fs.compile_log() as log:
+        for size in (2, 3):
+            jax.jit(only_traced).lower(jnp.ones(size, jnp.float32))
+        jax.jit(jnp.negative)(np.ones(5, np.float32))
+    spent = time.perf_counter() - began
+    (row,) = (line for line in str(log).splitlines() if line.endswith("  only_traced"))
+    traces, seconds, compiles, compiling, _ = row.split()
+    assert (traces, compiles, compiling) == ("2", "0", "0.000")
+    assert 0 <= float(seconds) <= spent
+    assert max([*log.trace_seconds.values(), *log.compile_seconds.values()]) <= spent
+
+
+def test_three_layers_are_named_and_the_fourth_is_counted() -> None:
+    class Four(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            for _ in range(4):
+                x = nn.BatchNorm(use_running_average=False)(x)
+            return x
+
+    x = jnp.ones((4, 2))
+    params, state = fs.split_params(Four().init(jax.random.key(0), x[0]))
+    with pytest.raises(fs.UnsyncedStateError) as caught:
+        fs.vmap_stateful(fs.with_mutable(Four()))(params, state, x)
+    assert caught.value.cause.startswith("BatchNorm_0, BatchNorm_1, BatchNorm_2, ... and 1 more lack axis_name='batch'")
+
+
+@pytest.mark.parametrize(("axis_name", "named"), [("lane", "'lane'"), (None, "'batch'")])
+def test_the_mean_that_is_missing_is_over_the_axis_there_is(axis_name: str | None, named: str) -> None:
+    fn: Any = fs.vmap_stateful(lambda params, state, x: (x, {"seen": {"last": x}}), axis_name=axis_name)
+    with pytest.raises(fs.UnsyncedStateError) as caught:
+        fn({}, {"seen": {"last": jnp.zeros(())}}, jnp.arange(3.0))
+    assert caught.value.fix.startswith(f"jax.lax.pmean(value, {named}) there")
+
+
+def test_twelve_leaves_are_listed_and_the_thirteenth_is_counted() -> None:
+    for count in (12, 13):
+        strange: Any = {f"k{i:02}": 0 for i in range(count)}
+        with pytest.raises(fs.SignatureError) as caught:
+            fs.rng_state(**strange)
+        assert len(caught.value.leaves) == count
+        assert ("... and" in str(caught.value)) == ("... and 1 more" in str(caught.value)) == (count == 13)
+        assert "k11" in str(caught.value)
+        assert "k12" not in str(caught.value)
