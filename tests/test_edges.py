@@ -139,3 +139,41 @@ def test_twelve_leaves_are_listed_and_the_thirteenth_is_counted() -> None:
         assert ("... and" in str(caught.value)) == ("... and 1 more" in str(caught.value)) == (count == 13)
         assert "k11" in str(caught.value)
         assert "k12" not in str(caught.value)
+
+
+def test_a_list_that_ends_too_soon_lacks_its_last_leaf() -> None:
+    like = {"w": (jnp.ones(()), jnp.ones(2))}
+    with pytest.raises(fs.CollectionError) as caught:
+        fs.adopt_carry({"w": [jnp.ones(())]}, like)
+    assert caught.value.leaves == ("carry['w'][1]: f32[2] -> absent",)
+
+
+def test_of_two_strange_collections_the_first_is_told_about() -> None:
+    fn = fs.with_mutable(nn.Dense(1), mutable=["zzzz", "yyyy"])
+    with pytest.raises(fs.CollectionError) as caught:
+        fn({}, {"batch_stats": {}}, jnp.ones(1))
+    assert caught.value.fix == "with_mutable(fn, capture='zzzz'), or state | {'zzzz': ...}"
+
+
+def test_no_lane_at_all_is_a_size() -> None:
+    fn: Any = fs.vmap_stateful(lambda params, state, x: (x.sum(), state))
+    out, _ = fn({}, {}, jnp.ones((0, 3)))
+    assert out.shape == (0,)
+
+
+@needs_jit
+def test_what_has_no_signature_is_counted_too() -> None:
+    jitted = jax.jit(fs.assert_max_traces(dict))
+    jitted(a=jnp.ones(2, jnp.float32))
+    with pytest.raises(fs.RetraceError) as caught:
+        jitted(a=jnp.ones(3, jnp.float32))
+    assert caught.value.leaves == ("a: f32[2] -> f32[3]",)
+
+
+def test_a_wrong_call_is_left_to_the_function() -> None:
+    def one(x: Any) -> Any:
+        return x
+
+    counted: Any = fs.assert_max_traces(one)
+    with pytest.raises(TypeError, match=r"one\(\) takes 1 positional argument but 2 were given"):
+        jax.jit(counted)(1.0, 2.0)
