@@ -142,9 +142,9 @@ def test_twelve_leaves_are_listed_and_the_thirteenth_is_counted() -> None:
 
 
 def test_a_list_that_ends_too_soon_lacks_its_last_leaf() -> None:
-    like = {"w": (jnp.ones(()), jnp.ones(2))}
+    first, second = jnp.float32(1), jnp.ones(2, jnp.float32)
     with pytest.raises(fs.CollectionError) as caught:
-        fs.adopt_carry({"w": [jnp.ones(())]}, like)
+        fs.adopt_carry({"w": [first]}, {"w": (first, second)})
     assert caught.value.leaves == ("carry['w'][1]: f32[2] -> absent",)
 
 
