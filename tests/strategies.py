@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.core import FrozenDict
+from flax import nnx
+from flax.core import DenyList, FrozenDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky, UnsatisfiedAssumption
@@ -318,8 +319,13 @@ def optimizers() -> st.SearchStrategy[optax.GradientTransformation]:
 
 
 @st.composite
-def models(draw: st.DrawFn, *, rounding: bool = True, dropout: bool = True, cached: bool = True) -> drawn.Model:
-    """Some layers in an order that fits; without `rounding`, in f32 alone, as two programs of one step need."""
+def models(
+    draw: st.DrawFn, *, rounding: bool = True, dropout: bool = True, cached: bool = True, drifting: bool = False
+) -> drawn.Model:
+    """Some layers in an order that fits; without `rounding`, in f32 alone, as two programs of one step need.
+
+    With `drifting`, one of them is carried from call to call, perhaps in another shape from its first update on.
+    """
     timeless, embedded = draw(st.booleans()), draw(st.booleans())
     precision = st.sampled_from(["float32", "bfloat16", "float16"] if rounding else ["float32"])
     layers: list[Strategy] = [
@@ -333,6 +339,8 @@ def models(draw: st.DrawFn, *, rounding: bool = True, dropout: bool = True, cach
         layers += [st.just(drawn.Conv()), st.builds(drawn.RNN, st.sampled_from(["GRUCell", "LSTMCell"]))]
         layers += [st.builds(drawn.Attention, st.booleans() if cached else st.just(False))]
     some = draw(st.lists(st.one_of(layers), min_size=1, max_size=3))
+    if drifting:
+        some.insert(draw(st.integers(0, len(some))), drawn.Remember(draw(st.booleans())))
     some = [drawn.Embed(), *some] if embedded else some
     frozen = draw(st.frozensets(st.integers(0, len(some) - 1)))
     return drawn.Model(tuple(some), frozen, timeless)
@@ -352,3 +360,93 @@ def stacks(draw: st.DrawFn, model: drawn.Model, microbatches: list[int] | None =
         draw(st.booleans()),
         draw(st.booleans()),
     )
+
+
+def mutables(names: list[str], others: list[str]) -> Strategy:
+    """Every form of a filter of Flax that makes these collections of a state mutable, and none of the others."""
+    forms: list[Any] = [list(names), tuple(names), frozenset(names), DenyList(list(others))]
+    forms += names if len(names) == 1 else []
+    forms += [] if names else [False]
+    forms += [] if others else [..., True]
+    return st.sampled_from(forms)
+
+
+@st.composite
+def batches(draw: st.DrawFn, model: drawn.Model) -> tuple[list[Any], int]:
+    """Some batches, of JAX or NumPy, the last of them perhaps smaller; and how many to stack."""
+    made = [model.batch(seed) for seed in draw(st.lists(st.integers(0, 99), min_size=1, max_size=3))]
+    if not model.cached and draw(st.booleans()):  # a cache has the batch axis itself
+        made.append(jax.tree.map(lambda leaf: leaf[: drawn.BATCH // 2], made[0]))
+    as_numpy = draw(st.booleans())
+    return (jax.tree.map(np.asarray, made) if as_numpy else made), draw(st.integers(1, 3))
+
+
+UPDATED = ("batch_stats", "carried")
+"""Collections whose leaves a drawn model makes anew at each call, whatever broadcastable ones it was given."""
+
+
+@st.composite
+def narrowed(draw: st.DrawFn, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A state of which some leaves have fewer numbers, another dtype, or are NumPy's; and what it is to settle to."""
+    start, settled = flat(state), flat(state)
+    for path in sorted(path for path in start if path[0] in UPDATED):
+        like = start[path]
+        leaf = like + jnp.arange(float(like.size)).reshape(like.shape) / 4  # no two numbers are the same
+        cut = draw(st.sampled_from([(), (..., slice(1)), (0,), (0,) * like.ndim]))
+        leaf = leaf[cut].astype(draw(st.sampled_from([like.dtype, jnp.float16, jnp.bfloat16, jnp.int32])))
+        kinds: list[Any] = [jnp.asarray, np.asarray, *([float] if leaf.ndim == 0 else [])]
+        start[path] = draw(st.sampled_from(kinds))(leaf)
+        settled[path] = jnp.broadcast_to(leaf, like.shape).astype(like.dtype)
+    return nested(start), nested(settled)
+
+
+@st.composite
+def lanes(draw: st.DrawFn, model: drawn.Model, params: Mapping[str, Any], state: Mapping[str, Any]) -> drawn.Lanes:
+    """Options of a map over this model of one example, of which none is refused."""
+    axis_name = draw(st.sampled_from([None, "batch", "lanes"]))
+    apart = {"cache"} if axis_name is not None else {"cache", *UPDATED}  # what nothing averages, each lane has itself
+    rngs: str = draw(st.sampled_from(["outside", "inside", "hand", *([] if model.has(drawn.Dropout) else ["none"])]))
+    names = [name for name in state if name != "rngs" or rngs != "outside"]  # there the map sees no stream
+    axis = st.sampled_from([0, -1])
+    state_axes = {name: draw(axis) for name in names if name in apart or draw(st.booleans())}
+    params_axes = draw(st.none() | axis | st.fixed_dictionaries({name: st.none() | axis for name in params}))
+    dimensions = model.inputs(0).ndim
+    x = draw(st.none() | st.integers(-dimensions, dimensions - 1))
+    shift: Any = draw(st.sampled_from([None, 0, -1, {"a": 0, "b": None}, {"a": None, "b": 0}]))
+    streams = st.dictionaries(st.sampled_from(["dropout", "noise"]), st.booleans())
+    known = rngs == "hand" or "rngs" not in state_axes  # else lanes have streams of their own, and none is split
+    split = draw(st.booleans() | streams if known else st.booleans())
+    mapped = state_axes or jax.tree.leaves((x, shift, params_axes))
+    told, out = not mapped or draw(st.booleans()), draw(st.sampled_from([0, 1, -1]))
+    return drawn.Lanes(x, shift, out, params_axes, state_axes, axis_name, rngs, split, told)
+
+
+@st.composite
+def nnx_models(draw: st.DrawFn) -> drawn.NnxModel:
+    """About half of the layers of NNX in any order, some of them in a row of their own."""
+    row = draw(st.lists(st.sampled_from(sorted(drawn.NNX_LAYERS)), min_size=2, max_size=6, unique=True))
+    start, end = sorted(draw(st.tuples(*[st.integers(0, len(row))] * 2)))
+    return drawn.NnxModel((*row[:start], tuple(row[start:end]), *row[end:]), draw(st.booleans()))
+
+
+@st.composite
+def nnx_trainables(draw: st.DrawFn, module: nnx.Module) -> tuple[Any, set[Path]]:
+    """A `trainable` of every kind that `from_nnx` takes, and the paths that it is to choose."""
+    paths = sorted(tuple(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param)))
+    one, some = draw(st.sampled_from(paths)), draw(st.sets(st.sampled_from(paths), min_size=1))
+    word, cut = "/".join(one), draw(st.integers(0, len("/".join(one))))
+    adapters = {path for path in paths if path[-1].startswith("lora_")}
+    every: list[tuple[Any, set[Path]]] = [
+        (nnx.Param, set(paths)),
+        (nnx.All(nnx.Param, nnx.Not(nnx.PathContains(one[-1]))), {path for path in paths if one[-1] not in path}),
+        (nnx.PathContains("head"), {path for path in paths if "head" in path}),
+        (lambda path, _: tuple(map(str, path)) == one, {one}),
+        (nnx.LoRAParam, adapters),
+        (word, {one}),
+        (f"{word[:cut]}*", {path for path in paths if "/".join(path).startswith(word[:cut])}),
+        (nested({path: path in some for path in paths}), some),
+    ]
+    filters, chosen = zip(
+        *draw(st.lists(st.sampled_from([each for each in every if each[1]]), min_size=1, max_size=2)), strict=True
+    )
+    return (filters[0] if len(filters) == 1 else list(filters)), set[Path]().union(*chosen)
