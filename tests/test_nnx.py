@@ -631,7 +631,7 @@ BLOCKS = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", PAGE, re.
 
 
 def test_all_code_of_the_page_is_run() -> None:
-    assert BLOCKS.keys() == {"before", "after", "modes"}
+    assert BLOCKS.keys() == {"before", "after", "modes", "flat"}
     assert PAGE.count("```python") == len(BLOCKS)
 
 
@@ -647,3 +647,20 @@ def test_before_and_after_are_the_same_bit_for_bit() -> None:
     exec(BLOCKS["modes"], names)  # noqa: S102
     names["model"].eval()
     assert_equal(names["pred"], names["model"](names["x"]))
+
+
+@needs_x32
+@pytest.mark.skipif(not m.NEW, reason="before flax 0.11 nnx.Optimizer.update took the gradients alone")
+def test_a_carry_of_one_level_trains_to_the_same() -> None:
+    names: dict[str, Any] = {}
+    for block in ("before", "after"):
+        exec(BLOCKS[block], names)  # noqa: S102
+    before = names["params"], names["state"]
+    first = names["loss_fn"](*before, (names["x"], names["y"]))[0]
+    exec(BLOCKS["flat"], names)  # noqa: S102
+    np.testing.assert_allclose(names["loss"], first, rtol=1e-5)
+    carry = names["flat_carry"]
+    assert [*carry.params][:2] == ["hidden/bias", "hidden/kernel"]
+    assert sorted(carry.state["batch_stats"]) == ["norm/mean", "norm/var"]
+    carry, _ = names["flat_step"](carry, (names["x"], names["y"]))
+    assert names["flat_step"]._cache_size() == 1
