@@ -1,8 +1,9 @@
 # Needs make and Python >= 3.11, nothing else: each target first builds the virtual environment that it runs in.
 PYTHON ?= python3
 VENV ?= .venv
-# What `make newest` looks for, newest first.
-NEWER ?= 3.13 3.12
+# What `make lowest` and `make newest` run on: the first that is there.
+OLDER ?= 3.11 3.12 3.13
+NEWER ?= 3.12 3.13
 # Of JAX, for `make flags`.
 FLAGS ?= JAX_CHECK_TRACER_LEAKS=1 JAX_DEBUG_NANS=1 JAX_ENABLE_X64=1 JAX_NUMPY_RANK_PROMOTION=raise JAX_DISABLE_JIT=1 \
 	JAX_PLATFORMS=cpu JAX_PLATFORMS=
@@ -12,9 +13,12 @@ BIN := $(VENV)/bin
 PYTEST := pytest -n 2 --dist worksteal
 # pip says by itself what it is doing; only its advice to upgrade itself is left out.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where `make versions`, `lowest` and `newest` store what passed, if anywhere.
+export RECORD ?=
+NOX := $(BIN)/nox
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test checked fuzz bench soak types types-once docs lint audit flags lowest newest check clean
+.PHONY: help demo test checked fuzz bench soak types types-once docs lint audit flags versions lowest newest check clean
 .DELETE_ON_ERROR:
 # Two installations at once into one environment would break it.
 .NOTPARALLEL:
@@ -56,7 +60,7 @@ types: types-once  ## mypy and pyright, both strict, and what they must reject; 
 # pyright reads [tool.pyright] for what to check: the same, strictly. With --verifytypes it looks for the package where the
 # python on PATH finds it, whatever --pythonpath says. stubtest needs no list of exceptions; the overlay's check brings its own.
 types-once: $(VENV)/.installed-dev $(VENV)/.installed-stubs
-	$(BIN)/mypy --strict flaxsplit tests examples benchmarks tools
+	$(BIN)/mypy --strict flaxsplit tests examples benchmarks tools noxfile.py
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pyright --verifytypes flaxsplit --ignoreexternal
 	$(BIN)/python -m mypy.stubtest flaxsplit --concise --mypy-config-file pyproject.toml
@@ -80,19 +84,22 @@ flags: $(VENV)/.installed-test  ## the tests under each of JAX's flags; FLAGS an
 	@failed=; for flag in $(FLAGS); do echo "===== $$flag"; env $$flag $(BIN)/$(PYTEST) $(TESTS) || failed="$$failed $$flag"; done; \
 	if [ -n "$$failed" ]; then echo "make flags: failed under$$failed"; exit 1; fi; echo "make flags: passed under each"
 
-lowest: $(VENV)-lowest/.installed-floors  ## the tests with the oldest dependencies supported, the overlay's too
-	$(VENV)-lowest/bin/$(PYTEST)
-	$(VENV)-lowest/bin/python stubs/check
+# A Python that is not there is an error where it was asked for, else said and left out.
+versions: $(VENV)/.installed-versions  ## the built wheel in an empty environment, and the tests on it: each Python, oldest and newest
+	$(NOX) $(if $(ONLY),--error,--no-error)-on-missing-interpreters \
+		$(if $(ONLY),-s $(patsubst %,'versions(%)',$(ONLY))) $(if $(TESTS),-- $(TESTS))
+	@echo "make versions: all tests passed"
+
+lowest: $(VENV)/.installed-versions  ## the tests with the oldest dependencies supported, the overlay's too
+	@python=$$($(BIN)/python tools/newest.py --name $(OLDER)) || exit; \
+	if [ -z "$$python" ]; then echo "lowest: no CPython among $(OLDER) found" >&2; exit 1; fi; set -x; \
+	$(NOX) --error-on-missing-interpreters -s "versions($$python-lowest)" $(if $(TESTS),-- $(TESTS))
 	@echo "make lowest: all tests passed"
 
-# The one run against the built wheel rather than this folder: appended to the path, this folder comes after the wheel.
-newest:  ## the tests with the newest Python and dependencies, on the built wheel
-	@$(require-python)
-	@python=$$($(PYTHON) tools/newest.py $(NEWER)) || exit; \
+newest: $(VENV)/.installed-versions  ## the tests with the newest dependencies, on Python 3.12
+	@python=$$($(BIN)/python tools/newest.py --name $(NEWER)) || exit; \
 	if [ -z "$$python" ]; then echo "newest: skipped, no CPython >= 3.12 found"; exit; fi; set -ex; \
-	"$$python" -m venv $(VENV)-newest; \
-	$(VENV)-newest/bin/python -m pip install --upgrade --upgrade-strategy eager '.[test]'; \
-	$(VENV)-newest/bin/$(PYTEST) --import-mode=append tests --pyargs flaxsplit; \
+	$(NOX) --error-on-missing-interpreters -s empty "versions($$python-newest)" $(if $(TESTS),-- $(TESTS)); \
 	set +x; echo "make newest: all tests passed"
 
 check: lint docs audit test checked lowest newest types demo bench  ## all of the above but fuzz
@@ -102,7 +109,7 @@ soak: $(VENV)/.installed-test  ## 100,000 steps and eight threads: nothing grows
 	$(BIN)/python tools/soak.py
 
 clean:  ## remove the environments and what tools left behind
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-types build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-types .venv-nox build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define require-python
@@ -120,11 +127,6 @@ $(VENV)/.installed-stubs: $(VENV)/.created $(STUBS)
 
 $(VENV)/.installed-%: pyproject.toml $(VENV)/.created
 	$(BIN)/python -m pip install -e '.[$*]'
-	@touch $@
-
-$(VENV)-lowest/.installed-floors: pyproject.toml tools/floors.py $(STUBS) $(VENV)-lowest/.created
-	$(VENV)-lowest/bin/python tools/floors.py > $(VENV)-lowest/floors.txt
-	$(VENV)-lowest/bin/python -m pip install -c $(VENV)-lowest/floors.txt -e '.[test,types]' ./stubs
 	@touch $@
 
 # Not deleted as an intermediate file, although only pattern rules name it.

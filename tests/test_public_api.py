@@ -83,7 +83,7 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it() -> None:
     if project.exists():
         wheel = tomllib.loads(project.read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
         assert wheel == {"packages": ["flaxsplit"]}
-    else:  # where the built wheel is tested: `make newest`
+    else:  # where the built wheel is tested: `make versions`
         files = importlib.metadata.files("flaxsplit") or []
         assert {file.parts[0] for file in files} == {
             "flaxsplit",

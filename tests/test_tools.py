@@ -1,8 +1,24 @@
 """What the tools say of what they found."""
 
+import json
+import pathlib
+import subprocess
+import sys
+import tarfile
+import zipfile
+from typing import Any
+
 import pytest
 
-from tools import audit
+from tools import audit, dist, floors, newest, record, trust
+
+PYPROJECT = """
+[project]
+dependencies = ["jax>=0.6.2", "optax>=0.2.5"]
+optional-dependencies = { test = ["pytest>=8.2"] }
+"""
+PACKAGE = ["flaxsplit/__init__.py", "flaxsplit/_step.py", "flaxsplit/py.typed"]
+ABOUT = [f"flaxsplit-0.1.0.dist-info/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")]
 
 CLEAN = {"name": "jax", "version": "0.10.2", "vulns": []}
 BAD = {"name": "numpy", "version": "1.0", "vulns": [{"id": "PYSEC-1"}]}
@@ -20,3 +36,80 @@ UNKNOWN = {"name": "optax", "skip_reason": "not found"}
 )
 def test_an_audit_without_data_is_no_pass(reports: list[object] | None, status: int, said: str) -> None:
     assert audit.verdict(reports) == (status, said)
+
+
+def test_floors_become_pins() -> None:
+    assert floors.floors(PYPROJECT) == ["jax==0.6.2", "jaxlib==0.6.2", "optax==0.2.5", "pytest==8.2"]
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        floors.floors(PYPROJECT.replace("pytest>=8.2", "pytest"))
+
+
+def test_an_interpreter_is_found_by_its_version() -> None:
+    own = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert newest.works(newest.found(own), own)
+    assert newest.found("2.0") == ""
+
+
+def folder_of(names: list[str], folder: pathlib.Path) -> pathlib.Path:
+    """A folder of empty files."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ([*PACKAGE, *ABOUT], []),
+        ([*PACKAGE, *ABOUT, "flaxsplit/notes.txt"], ["flaxsplit/notes.txt should not be there"]),
+        ([*PACKAGE, *ABOUT, "tests/models.py"], ["tests/models.py should not be there"]),
+        ([*PACKAGE[:-1], *ABOUT], ["flaxsplit/py.typed is missing"]),
+        ([*PACKAGE, *ABOUT[:-1]], ["flaxsplit-0.1.0.dist-info/licenses/LICENSE is missing"]),
+    ],
+)
+def test_a_wheel_holds_the_package_and_its_licence(held: list[str], said: list[str], tmp_path: pathlib.Path) -> None:
+    wheel = tmp_path / "flaxsplit-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in held:
+            archive.writestr(name, "")
+    root = folder_of([*PACKAGE, "flaxsplit/notes.txt", "flaxsplit/__pycache__/_step.pyc"], tmp_path / "root")
+    assert dist.of_wheel(root, wheel) == [f"{wheel.name}: {each}" for each in said]
+
+
+def test_an_sdist_holds_what_git_tracks(tmp_path: pathlib.Path) -> None:
+    root = folder_of(["Makefile", "new.py", "build/out.txt", "PKG-INFO"], tmp_path / "root")
+    (root / ".gitignore").write_text("/build/\nPKG-INFO\n")
+    for command in (["init", "-q"], ["add", "Makefile", ".gitignore"]):
+        subprocess.run(["git", *command], cwd=root, check=True)  # noqa: S607
+
+    def found(*names: str) -> list[str]:
+        sdist = tmp_path / "flaxsplit-0.1.0.tar.gz"
+        with tarfile.open(sdist, "w:gz") as archive:
+            for name in names:
+                archive.add(root / name, f"flaxsplit-0.1.0/{name}")
+        return [each.removeprefix(f"{sdist.name}: ") for each in dist.of_sdist(root, sdist)]
+
+    assert found("Makefile", ".gitignore", "PKG-INFO") == found("Makefile", ".gitignore", "PKG-INFO", "new.py") == []
+    assert found("Makefile", ".gitignore", "PKG-INFO", "build/out.txt") == ["build/out.txt should not be there"]
+    assert found(".gitignore", "PKG-INFO") == ["Makefile is missing"]
+
+
+def test_what_a_session_passed_is_stored_beside_the_others(tmp_path: pathlib.Path) -> None:
+    junit, results = tmp_path / "junit.xml", tmp_path / "versions.json"
+    junit.write_text('<testsuites><testsuite tests="9" skipped="2" failures="0" errors="0"/></testsuites>')
+    record.main("3.12-newest", str(junit), str(results))
+    record.main("3.11-lowest", str(junit), str(results), "tests/test_laws.py")
+    stored: dict[str, Any] = json.loads(results.read_text())
+    assert list(stored) == ["3.11-lowest", "3.12-newest"]
+    assert [(each["passed"], each["skipped"]) for each in stored.values()] == [(7, 2), (7, 2)]
+    versions = " | ".join(stored["3.12-newest"]["about"]["versions"][name] for name in trust.LIBRARIES)
+    python = stored["3.12-newest"]["about"]["python"]
+    assert trust.tested("3.12-newest", stored["3.12-newest"]) == f"| {python} | newest | {versions} | 7 | 2 |"
+    assert trust.tested("3.13-lowest", None) == "| 3.13 | lowest | | | | | | not run | |"
+    with pytest.raises(SystemExit, match=r"3.11-lowest ran a part of the tests only: .* tests/test_laws"):
+        trust.tested("3.11-lowest", stored["3.11-lowest"])
+    junit.write_text('<testsuites><testsuite tests="9" skipped="2" failures="1" errors="0"/></testsuites>')
+    with pytest.raises(SystemExit, match="not stored, 1 of 9 tests failed"):
+        record.main("3.12-newest", str(junit), str(results))
+    assert json.loads(results.read_text()) == stored

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import flaxsplit as fs
+from tools import dist
 
 from .flags import needs_jit
 
@@ -85,13 +86,22 @@ def test_nothing_is_opened_while_it_runs() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_two_builds_give_the_same_wheel(tmp_path: pathlib.Path) -> None:
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> list[pathlib.Path]:
+    """Two, built one after the other."""
     if not (ROOT / "pyproject.toml").exists():
         pytest.skip("the built wheel is tested, without its sources")
-    hashes = set()
-    for folder in (tmp_path / "first", tmp_path / "second"):
+    folders = [tmp_path_factory.mktemp("wheel") for _ in range(2)]
+    for folder in folders:
         command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
         subprocess.run(command, check=True, capture_output=True)
-        (wheel,) = folder.glob("*.whl")
-        hashes.add(hashlib.sha256(wheel.read_bytes()).hexdigest())
-    assert len(hashes) == 1
+    return [wheel for folder in folders for wheel in folder.glob("*.whl")]
+
+
+def test_two_builds_give_the_same_wheel(wheels: list[pathlib.Path]) -> None:
+    first, second = (hashlib.sha256(wheel.read_bytes()).hexdigest() for wheel in wheels)
+    assert first == second
+
+
+def test_the_wheel_holds_exactly_the_package_and_its_licence(wheels: list[pathlib.Path]) -> None:
+    assert dist.of_wheel(ROOT, wheels[0]) == []

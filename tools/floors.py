@@ -5,11 +5,10 @@ import tomllib
 
 
 def floors(pyproject: str) -> list[str]:
-    """Turns `name>=version` into `name==version`: for each dependency, and where the extra `test` names a version."""
+    """Turns `name>=version` into `name==version`: for each dependency, and for each of the extra `test`."""
     project = tomllib.loads(pyproject)["project"]
-    of_tests = [requirement for requirement in project["optional-dependencies"]["test"] if ">=" in requirement]
     pins = []
-    for requirement in project["dependencies"] + of_tests:
+    for requirement in project["dependencies"] + project["optional-dependencies"]["test"]:
         name, floor = requirement.split(">=")  # a dependency in any other form is an error, not a guess
         pins.append(f"{name}=={floor}")
         if name == "jax":  # jax takes a range of jaxlibs; the floor means both

@@ -1,4 +1,7 @@
-"""Prints where the newest CPython among the versions given is (`newest.py 3.13 3.12`), or nothing."""
+"""Prints where the first CPython among the versions given is (`newest.py 3.13 3.12`), or nothing.
+
+With `--name`, its version instead: `3.13`.
+"""
 
 import pathlib
 import shutil
@@ -11,11 +14,12 @@ PROBE = "import sys, venv, ensurepip; print(sys.implementation.name, '%d.%d' % s
 
 
 def candidates(version: str) -> Iterator[str]:
-    """Yields what may be that CPython: on PATH, then what pyenv has installed but not selected."""
+    """Yields what may be that CPython: on PATH, what pyenv has but did not select, the one that runs this."""
     yield f"python{version}"
     if pyenv := shutil.which("pyenv"):
         root = subprocess.run([pyenv, "root"], capture_output=True, text=True).stdout.strip()
         yield from map(str, sorted(pathlib.Path(root).glob(f"versions/{version}.*/bin/python")))
+    yield str(pathlib.Path(sys.base_prefix) / "bin" / f"python{version}")
 
 
 def works(python: str, version: str) -> bool:
@@ -26,5 +30,12 @@ def works(python: str, version: str) -> bool:
     return probe.stdout.split() == ["cpython", version]
 
 
+def found(version: str) -> str:
+    """Where that CPython is, or nothing."""
+    return next((shutil.which(python) or python for python in candidates(version) if works(python, version)), "")
+
+
 if __name__ == "__main__":
-    print(next((p for version in sys.argv[1:] for p in candidates(version) if works(p, version)), ""))
+    named = sys.argv[1:2] == ["--name"]
+    there = ((version, python) for version in sys.argv[1 + named :] if (python := found(version)))
+    print(next((version if named else python for version, python in there), ""))

@@ -16,15 +16,22 @@ sys.path[:0] = [str(ROOT)]
 
 from benchmarks._report import where  # noqa: E402 (found beside this folder)
 
+LIBRARIES = ("jax", "flax", "optax", "jaxtyping", "typeguard")
+
 WORDS = {
     "test_law_1_split_and_merge": "1: split and merge lose nothing",
     "test_law_2_apply": "2: a wrapped model is its `apply`",
     "test_law_3_vmap": "3: a mapped example is the whole batch",
+    "test_law_3_the_options_of_vmap": "3: each option of a map is `jax.vmap`'s, and each lane the model alone",
     "test_laws_4_and_6_the_loop_of_the_guide": "4 and 6: a step is the loop by hand; its average too",
     "test_law_5_scan": "5: a scan is the loop",
     "test_law_5_microbatches": "5: microbatches are the whole batch",
     "test_law_8_mesh": "8: a mesh is one device",
-    "test_training_in_any_order_is_the_plain_loop": "any order of split, merge, step, scan, save, restore: the loop",
+    "test_a_settled_state_stays": "a settled state stays as it is, and one that cannot settle is named",
+    "test_an_nnx_module_is_trained_as_by_nnx": "an NNX module's step is the loop of NNX",
+    "test_training_in_any_order_is_the_plain_loop": (
+        "any order of split, merge, step, scan, settle, evaluate, save, restore: the loop"
+    ),
 }
 
 
@@ -35,7 +42,7 @@ def page() -> str:
     if not refused:
         raise SystemExit("trust: docs/errors.md does not say how many wrong calls were made")
     calls = f"{' '.join(refused[0].split())}."
-    return "\n".join(["# Trust", "", HEAD, "", *laws(fuzz), *long(soak), *WRONG, calls, "", REST])
+    return "\n".join(["# Trust", "", HEAD, "", *laws(fuzz), *long(soak), *matrix(), *WRONG, calls, "", REST])
 
 
 def laws(found: Any) -> list[str]:
@@ -79,18 +86,50 @@ def long(found: Any) -> list[str]:
     ]
 
 
+def matrix() -> list[str]:
+    """What `make versions` stored: for each Python that the package names, and both ends, or that it has not run."""
+    path = RESULTS / "versions.json"
+    if not path.exists():  # the first run has none to tell of
+        return []
+    stored = json.loads(path.read_text())
+    pythons = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
+    keys = [f"{python}-{end}" for python in pythons for end in ("lowest", "newest")]
+    return [*VERSIONS, *(tested(key, stored.get(key)) for key in keys), "", RAN, ""]
+
+
+def tested(key: str, found: Any) -> str:
+    """A row: Python, versions, and how many tests passed and were skipped."""
+    python, end = key.split("-")
+    if found is None:
+        return f"| {python} | {end} |{' |' * len(LIBRARIES)} not run | |"
+    if found["chosen"]:
+        raise SystemExit(f"trust: {key} ran a part of the tests only: `{found['about']['command']}`")
+    versions = " | ".join(found["about"]["versions"][name] for name in LIBRARIES)
+    return f"| {found['about']['python']} | {end} | {versions} | {found['passed']} | {found['skipped']} |"
+
+
 HEAD = "What was tried to break it, how often, and the command that tries again."
 FUZZ = """Hypothesis draws models (Dense, Conv, BatchNorm, Dropout, Embed, recurrent cells, attention with a cache, sown
 values, metadata, several dtypes), optimizers and stacks of combinators, and compares them with loops written by hand.
 Each test of the suite draws for a few seconds; a longer run is told of here."""
+VERSIONS = [
+    "## Versions",
+    "",
+    "The wheel, built from the sdist, in an environment of its own; the tests from outside the source tree.",
+    "",
+    f"| Python | dependencies | {' | '.join(LIBRARIES)} | passed | skipped |",
+    "|---" * (len(LIBRARIES) + 4) + "|",
+]
+RAN = """`make versions RECORD=tests/results/versions.json`; with `ONLY=3.12-newest`, that one. A test is skipped
+where that version of a library has not what it tests, or where it needs the sources of the package."""
 WRONG = ["## Wrong calls", ""]
 REST = """Which, argument by argument: [errors](errors.md). `make test` makes them all.
 
 ## The rest
 
-- Every change runs the suite on Python 3.11 with the oldest versions supported (`make lowest`), on the newest CPython
-  found with the newest of everything, on the built wheel (`make newest`), and with every signature checked at run time
-  (`make checked`).
+- Every change runs the suite on the built wheel, on Python 3.11 with the oldest versions supported (`make lowest`) and
+  on Python 3.12 with the newest of everything (`make newest`), and with every signature checked at run time
+  (`make checked`). The wheel holds the package and its licence, file by file, and trains in an empty environment.
 - The tests under JAX's flags, leaked tracers, NaN, 64 bits, rank promotion, no jit: `make flags`. A test that cannot
   pass under one says why.
 - Nothing in the package opens a socket or a file, pickles or evaluates: its syntax is read for it, and an audit hook
