@@ -13,12 +13,12 @@ BIN := $(VENV)/bin
 PYTEST := pytest -n 2 --dist worksteal
 # pip says by itself what it is doing; only its advice to upgrade itself is left out.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Where `make versions`, `lowest` and `newest` store what passed, if anywhere.
+# Where `make versions`, `lowest`, `newest` and `flags` store what passed, if anywhere.
 export RECORD ?=
 NOX := $(BIN)/nox
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test checked fuzz bench soak types types-once docs lint audit flags versions lowest newest check clean
+.PHONY: help demo test checked fuzz bench soak mutants types types-once docs lint audit flags versions lowest newest check clean
 .DELETE_ON_ERROR:
 # Two installations at once into one environment would break it.
 .NOTPARALLEL:
@@ -81,7 +81,9 @@ audit: $(VENV)/.installed-audit  ## known vulnerabilities of what is installed, 
 
 # One after the other; all of them, also where one fails.
 flags: $(VENV)/.installed-test  ## the tests under each of JAX's flags; FLAGS and TESTS choose fewer
-	@failed=; for flag in $(FLAGS); do echo "===== $$flag"; env $$flag $(BIN)/$(PYTEST) $(TESTS) || failed="$$failed $$flag"; done; \
+	@failed=; for flag in $(FLAGS); do echo "===== $$flag"; \
+		env $$flag $(BIN)/$(PYTEST) --junitxml=build/flags.xml $(TESTS) $(if $(RECORD),&& \
+		$(BIN)/python tools/record.py "$$flag" build/flags.xml $(RECORD) $(TESTS)) || failed="$$failed $$flag"; done; \
 	if [ -n "$$failed" ]; then echo "make flags: failed under$$failed"; exit 1; fi; echo "make flags: passed under each"
 
 # A Python that is not there is an error where it was asked for, else said and left out.
@@ -102,8 +104,12 @@ newest: $(VENV)/.installed-versions  ## the tests with the newest dependencies, 
 	$(NOX) --error-on-missing-interpreters -s empty "versions($$python-newest)" $(if $(TESTS),-- $(TESTS)); \
 	set +x; echo "make newest: all tests passed"
 
-check: lint docs audit test checked lowest newest types demo bench  ## all of the above but fuzz
+check: lint docs audit test checked lowest newest types demo bench  ## all of the above but fuzz, flags and versions
 	@echo "make check: everything passed"
+
+# Hours, where none is stored; ONLY=_vmap.py for some, and AGAIN=survivors after a test was written.
+mutants: $(VENV)/.installed-test $(VENV)/.installed-mutants  ## the package changed in one place at a time: does a test see it?
+	$(BIN)/python tools/mutants.py $(ONLY) $(if $(AGAIN),--again $(AGAIN))
 
 soak: $(VENV)/.installed-test  ## 100,000 steps and eight threads: nothing grows, compiles again or drifts
 	$(BIN)/python tools/soak.py

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import flaxsplit as fs
+from flaxsplit._describe import differences, strong, wraps
 
 from .flags import needs_jit
 
@@ -177,3 +179,73 @@ def test_a_wrong_call_is_left_to_the_function() -> None:
     counted: Any = fs.assert_max_traces(one)
     with pytest.raises(TypeError, match=r"one\(\) takes 1 positional argument but 2 were given"):
         jax.jit(counted)(1.0, 2.0)
+
+
+@jax.tree_util.register_pytree_node_class
+class Tagged:
+    """A leaf and a word beside it that is part of the structure."""
+
+    def __init__(self, leaf: Any, word: str) -> None:
+        self.leaf, self.word = leaf, word
+
+    def tree_flatten(self) -> tuple[tuple[Any], str]:
+        return (self.leaf,), self.word
+
+    @classmethod
+    def tree_unflatten(cls, word: str, leaves: tuple[Any]) -> "Tagged":
+        return cls(leaves[0], word)
+
+
+@needs_jit
+def test_what_a_node_keeps_beside_its_children_is_compared() -> None:
+    jitted = jax.jit(fs.assert_max_traces(lambda tagged: tagged.leaf))
+    jitted(Tagged(jnp.ones(2), "a"))
+    with pytest.raises(fs.RetraceError) as caught:
+        jitted(Tagged(jnp.ones(2), "b"))
+    assert caught.value.leaves == ("tagged: 'a' -> 'b'",)
+
+
+def test_a_leaf_and_a_node_of_one_name_differ() -> None:
+    leaf: Any = type("Tagged", (), {})()
+    (found,) = differences({"at": leaf}, {"at": Tagged(jnp.ones(2), "a")}, "tree")
+    assert found.path == "tree['at']"
+
+
+@pytest.mark.parametrize("leaf", ["abc", np.array("abc"), jax.random.key(0), jnp.ones(2), None], ids=str)
+def test_what_has_no_weak_type_stays_the_very_same(leaf: Any) -> None:
+    assert strong(leaf) is leaf
+
+
+@pytest.mark.parametrize("leaf", [jnp.asarray(1.0), 1.0, np.float32(1)], ids=repr)
+def test_a_weak_type_goes_and_numbers_become_arrays(leaf: Any) -> None:
+    assert isinstance(strong(leaf), jax.Array)
+    assert not strong(leaf).weak_type
+    assert strong(leaf) == 1
+
+
+def test_a_function_is_of_the_module_that_it_wraps() -> None:
+    def fn(params: Any, state: Any) -> Any:
+        return params, state
+
+    assert fs.vmap_stateful(fn).__module__ == fn.__module__ == __name__
+
+
+@pytest.mark.parametrize("signature", ["no signature", None])
+def test_what_cannot_say_its_signature_is_wrapped_without(signature: Any) -> None:
+    class Fn:
+        __signature__ = signature  # a TypeError in inspect
+
+        def __call__(self, params: Any, state: Any) -> Any:
+            return params, state
+
+    fn: Any = Fn() if signature else max  # a ValueError, as for some builtins
+    wrapped = wraps(fn, ("params",))(lambda *args: args)
+    assert not hasattr(wrapped, "__signature__")
+    assert wrapped(1) == (1,)
+
+
+@pytest.mark.parametrize("wrong", [nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nn.Dense(3)], ids=["nnx", "linen"])
+def test_a_module_of_either_api_is_no_function(wrong: Any) -> None:
+    with pytest.raises(fs.SignatureError) as caught:
+        fs.vmap_stateful(wrong)
+    assert caught.value.required == "fn must be a function, and no module or class"

@@ -62,6 +62,7 @@ def deep(levels: int = 500) -> Any:
 KINDS: dict[str, Callable[[], Any]] = {
     "None": lambda: None,
     "a number": lambda: 0.5,
+    "NaN": lambda: float("nan"),
     "a string": lambda: "abc",
     "a list": lambda: [1, 2],
     "an empty dict": dict,
@@ -77,6 +78,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "strings as leaves": lambda: {"w": "abc"},
     "None as a leaf": lambda: {"w": None},
     "an array of no element": lambda: {"w": jnp.ones((0, 3))},
+    "an array of rank 3": lambda: {"w": jnp.ones((1, 2, 3))},
     "an array on another device": lambda: {"w": jax.device_put(jnp.ones(3), jax.devices()[-1])},
     "500 levels": deep,
     "10,000 leaves": lambda: {f"w{i}": np.float32(i) for i in range(10_000)},
@@ -186,7 +188,8 @@ CALLS: dict[str, Callable[[Any, Fixed], Any]] = {
 
 # Right for this argument, although wrong for most: `accepted` is then the right outcome.
 _ODD_TREES = {"an empty dict", "another structure", "keys that are no strings", "odd keys", "None as a leaf"}
-_TREES = _ODD_TREES | {"an array of no element", "an array on another device", "500 levels", "10,000 leaves"}
+_TREES = _ODD_TREES | {"an array of no element", "an array of rank 3", "an array on another device"}
+_TREES |= {"500 levels", "10,000 leaves"}
 _UNREAD = {"a deleted buffer", "a leaked tracer", "strings as leaves"}  # leaves are handed on, and not looked at
 RIGHT: dict[str, set[str]] = {
     "split_params(trainable=)": {"None", "a class"},  # a class is a predicate like any callable
@@ -201,8 +204,8 @@ RIGHT: dict[str, set[str]] = {
     "vmap_stateful(split_rngs=)": {"an empty dict"},
     "vmap_stateful(axis_size=)": {"None"},
     "vmap_stateful(spmd_axis_name=)": {"None", "a string"},
-    "init_carry(params)": _TREES | {"None", "a number", "a list", "an array"},  # optax takes any tree
-    "init_carry(state)": _TREES | {"None", "a number", "a list", "an array"},
+    "init_carry(params)": _TREES | {"None", "a number", "NaN", "a list", "an array"},  # optax takes any tree
+    "init_carry(state)": _TREES | {"None", "a number", "NaN", "a list", "an array"},
     "with_optimizer(axis_name=)": {"None"},
     "with_ema(decay=)": {"a number"},
     "stack_batches(batches)": {"a list", "an array"},

@@ -1,6 +1,7 @@
-"""Stores what a session of the noxfile passed beside what others did: `record.py 3.12-newest junit.xml results.json`.
+"""Stores what a run of the tests passed beside what others did: `record.py 3.12-newest junit.xml results.json`.
 
-It runs in the environment of the session. Tests that were chosen follow: trust.py tells of whole runs only.
+The key is a session of the noxfile, in whose environment this runs, or a flag of `make flags`. Tests that were chosen
+follow: trust.py tells of whole runs only.
 """
 
 import json
@@ -33,7 +34,8 @@ def merged(stored: dict[str, Any], key: str, entry: dict[str, Any]) -> dict[str,
 
 def main(key: str, junit: str, results: str, *chosen: str) -> None:
     """Reads, adds, writes."""
-    told = about() | {"command": " ".join([f"make versions ONLY={key}", *chosen])}
+    target = "flags FLAGS" if "=" in key else "versions ONLY"
+    told = about() | {"command": " ".join([f"make {target}={key}", *chosen])}
     entry = {"about": told, "chosen": list(chosen), **counts(pathlib.Path(junit).read_text())}
     path = pathlib.Path(results)
     stored = json.loads(path.read_text()) if path.exists() else {}

@@ -42,7 +42,8 @@ def page() -> str:
     if not refused:
         raise SystemExit("trust: docs/errors.md does not say how many wrong calls were made")
     calls = f"{' '.join(refused[0].split())}."
-    return "\n".join(["# Trust", "", HEAD, "", *laws(fuzz), *long(soak), *matrix(), *WRONG, calls, "", REST])
+    parts = [*laws(fuzz), *long(soak), *matrix(), *flags(), *WRONG, calls, "", REST]
+    return "\n".join(["# Trust", "", HEAD, "", *parts])
 
 
 def laws(found: Any) -> list[str]:
@@ -88,13 +89,20 @@ def long(found: Any) -> list[str]:
 
 def matrix() -> list[str]:
     """What `make versions` stored: for each Python that the package names, and both ends, or that it has not run."""
-    path = RESULTS / "versions.json"
-    if not path.exists():  # the first run has none to tell of
-        return []
-    stored = json.loads(path.read_text())
+    stored = json.loads((RESULTS / "versions.json").read_text())
     pythons = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
     keys = [f"{python}-{end}" for python in pythons for end in ("lowest", "newest")]
     return [*VERSIONS, *(tested(key, stored.get(key)) for key in keys), "", RAN, ""]
+
+
+def flags() -> list[str]:
+    """What `make flags` stored, or that it has not run."""
+    stored = json.loads((RESULTS / "flags.json").read_text())
+    asked = re.search(r"^FLAGS \?= ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    names = asked[1].replace("\\", "").split() if asked else []
+    counts = {name: f"{found['passed']} | {found['skipped']}" for name, found in stored.items()}
+    rows = [f"| `{name}` | {counts.get(name, 'not run |')} |" for name in names]
+    return [*FLAGS, *rows, "", *(f"`make flags` on {where(found['about'])}." for found in [*stored.values()][:1]), ""]
 
 
 def tested(key: str, found: Any) -> str:
@@ -110,7 +118,8 @@ def tested(key: str, found: Any) -> str:
 
 HEAD = "What was tried to break it, how often, and the command that tries again."
 FUZZ = """Hypothesis draws models (Dense, Conv, BatchNorm, Dropout, Embed, recurrent cells, attention with a cache, sown
-values, metadata, several dtypes), optimizers and stacks of combinators, and compares them with loops written by hand.
+values, metadata, several dtypes; layers of NNX), optimizers, stacks of combinators and their options, and compares
+them with loops written by hand.
 Each test of the suite draws for a few seconds; a longer run is told of here."""
 VERSIONS = [
     "## Versions",
@@ -122,6 +131,14 @@ VERSIONS = [
 ]
 RAN = """`make versions RECORD=tests/results/versions.json`; with `ONLY=3.12-newest`, that one. A test is skipped
 where that version of a library has not what it tests, or where it needs the sources of the package."""
+FLAGS = [
+    "## JAX's flags",
+    "",
+    "All tests under each. One that cannot pass, such as a count of compiles where nothing is compiled, says why.",
+    "",
+    "| flag | passed | skipped |",
+    "|---|---|---|",
+]
 WRONG = ["## Wrong calls", ""]
 REST = """Which, argument by argument: [errors](errors.md). `make test` makes them all.
 
@@ -130,8 +147,6 @@ REST = """Which, argument by argument: [errors](errors.md). `make test` makes th
 - Every change runs the suite on the built wheel, on Python 3.11 with the oldest versions supported (`make lowest`) and
   on Python 3.12 with the newest of everything (`make newest`), and with every signature checked at run time
   (`make checked`). The wheel holds the package and its licence, file by file, and trains in an empty environment.
-- The tests under JAX's flags, leaked tracers, NaN, 64 bits, rank promotion, no jit: `make flags`. A test that cannot
-  pass under one says why.
 - Nothing in the package opens a socket or a file, pickles or evaluates: its syntax is read for it, and an audit hook
   watches it run (`tests/test_trust.py`). Two builds give the same wheel.
 - Known vulnerabilities of what is installed: `make audit`.
