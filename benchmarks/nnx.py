@@ -98,7 +98,7 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
         }
 
     one_level, deep = contenders(flat, nested), contenders(same, same)
-    theirs = {
+    theirs: dict[str, Run] = {
         NNX: stepper(build(NNX + BEST, task), batch, STEPS),
         CACHED: stepper(build(CACHED + BEST, task), batch, STEPS),
         "flaxsplit, nested dicts": deep[OURS],

@@ -125,3 +125,23 @@ def test_off_means_that_nothing_is_wrapped() -> None:
     assert _checks.checked(len) is len
     assert not hasattr(fs.split_params, "__wrapped__")
     assert not hasattr(fs.with_optimizer, "__wrapped__")
+
+
+def test_a_checked_function_keeps_its_name_its_words_and_its_signature() -> None:
+    code = "import inspect, flaxsplit as fs; f = fs.jit_step; "
+    code += "print(f.__name__, f.__doc__[:8], *inspect.signature(f).parameters)"
+    environment = os.environ | {"FLAXSPLIT_TYPECHECKER": "typeguard"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["jit_step", "Compiles", "step", "like", "donate"]
+    assert _checks.typechecked(errors_of).__name__ == "errors_of"
+
+
+def test_an_error_that_is_none_of_ours_leaves_the_checkers_word() -> None:
+    def breaks(error: Exception) -> None:
+        raise error
+
+    raise_ours: Any = vars(_checks)["_raise_ours"]
+    raise_ours(breaks, (ZeroDivisionError(),), {})
+    ours = fs.SignatureError("f(x)", "x must be 1", ["x: 2"], "it is 2", "f(1)")
+    with pytest.raises(fs.SignatureError):
+        raise_ours(breaks, (ours,), {})

@@ -1,6 +1,8 @@
 """Where a condition turns: each of these was written because a changed package had passed all the other tests."""
 
+import inspect
 import time
+from collections import Counter
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +17,7 @@ import flaxsplit as fs
 from flaxsplit._describe import differences, strong, wraps
 
 from .flags import needs_jit
+from .nnx_models import NEW
 
 TX = optax.sgd(0.5)
 
@@ -198,7 +201,10 @@ class Tagged:
 
 @needs_jit
 def test_what_a_node_keeps_beside_its_children_is_compared() -> None:
-    jitted = jax.jit(fs.assert_max_traces(lambda tagged: tagged.leaf))
+    def leaf_of(tagged: Tagged) -> Any:
+        return tagged.leaf
+
+    jitted = jax.jit(fs.assert_max_traces(leaf_of))
     jitted(Tagged(jnp.ones(2), "a"))
     with pytest.raises(fs.RetraceError) as caught:
         jitted(Tagged(jnp.ones(2), "b"))
@@ -239,7 +245,11 @@ def test_what_cannot_say_its_signature_is_wrapped_without(signature: Any) -> Non
             return params, state
 
     fn: Any = Fn() if signature else max  # a ValueError, as for some builtins
-    wrapped = wraps(fn, ("params",))(lambda *args: args)
+
+    def wrapper(*args: Any) -> Any:
+        return args
+
+    wrapped = wraps(fn, ("params",))(wrapper)
     assert not hasattr(wrapped, "__signature__")
     assert wrapped(1) == (1,)
 
@@ -249,3 +259,167 @@ def test_a_module_of_either_api_is_no_function(wrong: Any) -> None:
     with pytest.raises(fs.SignatureError) as caught:
         fs.vmap_stateful(wrong)
     assert caught.value.required == "fn must be a function, and no module or class"
+
+
+class Writer(nnx.Module):
+    """Writes to two params in a call."""
+
+    def __init__(self) -> None:
+        self.first, self.second = nnx.Param(jnp.ones(())), nnx.Param(jnp.ones(()))
+
+    def __call__(self, x: Any) -> Any:
+        for param in (self.first, self.second):
+            if NEW:
+                param[...] += 1
+            else:
+                param.value += 1
+        return x
+
+
+class Outer(nnx.Module):
+    """Has its params one level down."""
+
+    def __init__(self) -> None:
+        self.inner = Writer()
+
+    def __call__(self, x: Any) -> Any:
+        return self.inner(x)
+
+
+def test_of_two_params_that_a_call_writes_the_first_is_told_how_to_be_state() -> None:
+    fn, params, state = fs.from_nnx(Outer())
+    with pytest.raises(fs.CollectionError) as caught:
+        fn(params, state, 1.0)
+    assert caught.value.fix == "trainable=nnx.All(nnx.Param, nnx.Not(nnx.PathContains('first'))), so that it is state"
+
+
+def test_filters_that_are_empty_choose_nothing_and_a_number_is_none() -> None:
+    linear = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    empty: Any
+    for empty in ([], (), None, False):
+        with pytest.raises(fs.CollectionError) as caught:
+            fs.from_nnx(linear, trainable=empty)
+        assert caught.value.required == "the filter must choose at least one variable"
+    number: Any = 0
+    with pytest.raises(fs.SignatureError):
+        fs.from_nnx(linear, trainable=number)
+    for everything in (..., True, nnx.Param):
+        assert sorted(fs.from_nnx(linear, trainable=everything)[1]) == ["bias", "kernel"]
+
+
+def test_a_module_owns_what_is_written_to_it() -> None:
+    linear = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    _, params, state = fs.from_nnx(linear)
+    given = jax.tree.map(jnp.zeros_like, params)
+    fs.to_nnx(linear, given, state)
+    for leaf in jax.tree.leaves(given):
+        leaf.delete()
+    assert not linear(jnp.ones(2)).any()
+
+
+def test_a_number_is_written_where_a_scalar_is_due() -> None:
+    outer = Outer()
+    fs.to_nnx(outer, {"inner": {"first": 2.0, "second": np.float32(3)}}, {})
+    assert jax.tree.leaves(fs.from_nnx(outer)[1]) == [2, 3]
+
+
+class Model(nn.Module):
+    """Has a method beside its call."""
+
+    def __call__(self, x: Any) -> Any:
+        return x
+
+    def scaled(self, x: Any, by: Any = 2, *, plus: int = 0) -> Any:
+        return x * by + plus
+
+
+def test_the_method_is_what_runs() -> None:
+    for method in ("scaled", Model.scaled):
+        out, _ = fs.with_mutable(Model(), method=method)({}, {}, 3, plus=1)
+        assert out == 7
+    assert fs.with_mutable(Model().apply, method=Model.scaled)({}, {}, 3)[0] == 6
+
+
+def of_this_form(variables: Any, x: Any, y: Any = 0, *, mutable: Any = False) -> Any:
+    return x, variables
+
+
+@pytest.mark.parametrize(
+    ("fn", "form"),
+    [
+        (fs.with_mutable(Model()), "(params, state, /, x)"),
+        (fs.with_mutable(Model(), method=Model.scaled), "(params, state, /, x, by=2, *, plus=0)"),
+        (fs.with_mutable(Model(), method="scaled"), "(params, state, /, x, by=2, *, plus=0)"),
+        (fs.with_mutable(Model(), method=Model().scaled), "(params, state, /, x, by=2, *, plus=0)"),
+        (fs.with_mutable(of_this_form), "(params, state, /, x, y=0, *, mutable=False)"),
+    ],
+)
+def test_leading_arguments_are_replaced_and_no_more(fn: Any, form: str) -> None:
+    signature = inspect.signature(fn)
+    bare = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
+    assert str(signature.replace(parameters=bare)) == form
+
+
+def test_one_collection_is_meant_by_a_misspelt_one() -> None:
+    fn = fs.with_mutable(nn.Dense(1), mutable="batch_stat")
+    with pytest.raises(fs.CollectionError) as caught:
+        fn({}, {"batch_stats": {}, "batch_state": {}}, jnp.ones(1))
+    assert caught.value.fix.count("'") == 2
+
+
+def test_what_is_adopted_goes_where_like_says_and_nowhere_else() -> None:
+    value, there = np.ones(2, np.float32), jax.sharding.SingleDeviceSharding(jax.devices()[-1])
+    free = fs.adopt_carry({"w": value}, {"w": jnp.zeros(2, jnp.float32)})
+    abstract = fs.adopt_carry({"w": value}, {"w": jax.ShapeDtypeStruct((2,), jnp.float32)})
+    told = fs.adopt_carry({"w": value}, {"w": jax.ShapeDtypeStruct((2,), jnp.float32, sharding=there)})
+    placed: Any = (free["w"], abstract["w"], told["w"])
+    assert [each.committed for each in placed] == [False, False, True]
+    assert placed[2].sharding == there
+
+
+def test_a_step_takes_a_carry_and_the_batch_of_its_loss_and_counts_by_one() -> None:
+    def squared(params: Any, state: Any, numbers: Any) -> Any:
+        return (params["w"] * numbers) ** 2, state
+
+    step = fs.with_optimizer(squared, TX)
+    assert step.__name__ == "squared"
+    assert [*inspect.signature(step).parameters] == ["carry", "numbers"]
+    carry = fs.init_carry({"w": jnp.float32(1)}, {}, TX)
+    for count in range(3):
+        assert carry.step == count
+        carry, _ = step(carry, jnp.float32(1))
+
+
+def test_the_first_axis_may_be_counted_from_the_end() -> None:
+    fn: Any = fs.vmap_stateful(lambda params, state, x: (x.sum(), state), in_axes=-2)
+    out, _ = fn({}, {}, jnp.ones((3, 4)))
+    assert out.tolist() == [4, 4, 4]
+
+
+def test_a_stream_that_is_not_named_is_split() -> None:
+    fn: Any = lambda params, state, x, *, rngs: (rngs, state)  # noqa: E731
+    rngs = fs.rng_state(dropout=jax.random.key(0), noise=jax.random.key(1))["rngs"]
+    out, _ = fs.vmap_stateful(fn, split_rngs={"noise": False})({}, {}, jnp.arange(3), rngs=rngs)
+    different = {name: len({tuple(jax.random.key_data(key).tolist()) for key in keys}) for name, keys in out.items()}
+    assert different == {"dropout": 3, "noise": 1}
+
+
+def test_what_was_compiled_and_never_traced_took_no_time_to_trace() -> None:
+    log = fs.CompileLog(compiles=Counter(kept=1), compile_seconds={"kept": 0.5})
+    assert str(log).split("\n")[1].split() == ["0", "0.000", "1", "0.500", "kept"]
+
+
+@pytest.mark.skipif(not hasattr(jax.monitoring, "unregister_event_duration_listener"), reason="jax < 0.8 keeps them")
+def test_a_log_that_is_closed_listens_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone: list[Any] = []
+    monkeypatch.setattr(jax.monitoring, "unregister_event_duration_listener", gone.append)
+    with fs.compile_log():
+        assert not gone
+    assert len(gone) == 1
+
+
+def test_of_two_strange_axes_the_first_is_told_about() -> None:
+    axes: Any = {"a": "0", "b": 0.5}
+    with pytest.raises(fs.SignatureError) as caught:
+        fs.vmap_stateful(lambda params, state, x: (x, state), in_axes=(axes,))({}, {}, dict.fromkeys("ab", jnp.ones(2)))
+    assert caught.value.leaves == ("for args[0]: str",)

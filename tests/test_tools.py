@@ -1,5 +1,6 @@
 """What the tools say of what they found."""
 
+import ast
 import json
 import pathlib
 import subprocess
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tools import audit, dist, floors, newest, record, trust
+from benchmarks._measure import about
+from tools import audit, dist, floors, mutants, newest, record, trust
 
 PYPROJECT = """
 [project]
@@ -113,3 +115,59 @@ def test_what_a_session_passed_is_stored_beside_the_others(tmp_path: pathlib.Pat
     with pytest.raises(SystemExit, match="not stored, 1 of 9 tests failed"):
         record.main("3.12-newest", str(junit), str(results))
     assert json.loads(results.read_text()) == stored
+
+
+CODE = """
+@overload
+def f(x: int) -> int: ...
+def f(x: int) -> int:
+    if x:
+        return (
+            x + 1
+        )
+    return 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("x: int", "x: int | str", True),
+        ("@overload", "", True),
+        ("if x:", "if not not x:", True),
+        ("if x:", "if not x:", False),
+        ("x + 1", "x - 1", False),
+        ("return 0", "return zip(x, strict=True)", False),
+    ],
+)
+def test_a_change_that_only_a_checker_reads_is_no_mutant(old: str, new: str, same: bool) -> None:
+    assert (mutants.skeleton(CODE.replace(old, new)) == mutants.skeleton(CODE)) == same
+    assert mutants.skeleton(CODE.replace(old, "(")) is None
+
+
+@pytest.mark.parametrize(("line", "lines"), [(5, range(5, 6)), (7, range(6, 9)), (9, range(9, 10))])
+def test_the_tests_of_a_mutant_are_those_of_its_statement(line: int, lines: range) -> None:
+    assert mutants.enclosing(ast.parse(CODE), line) == (lines, "f")
+
+
+def test_each_survivor_has_one_reason(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant = mutants.Mutant("_split.py", "f", "x + 1", "x - 1")
+    other = mutant._replace(occurrence=1)
+    assert (mutant.name, other.name) == ("_split.py:f: x + 1 -> x - 1", "_split.py:f: x + 1 -> x - 1 (2)")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "tests").mkdir()
+    outcomes = {mutant.name: "survived", other.name: "killed by tests/test_laws.py::test_scan"}
+    (tmp_path / "results" / "mutants.json").write_text(json.dumps({"about": about(), "mutants": outcomes}))
+    monkeypatch.setattr(trust, "ROOT", tmp_path)
+    monkeypatch.setattr(trust, "RESULTS", tmp_path / "results")
+
+    def rows(*named: str) -> list[str]:
+        reason = f'[[survivors]]\nwhy = "it is the same"\nmutants = {json.dumps(named)}\n'
+        (tmp_path / "tests" / "survivors.toml").write_text(reason)
+        return trust.mutants()
+
+    expected = {"| `_split.py` | 2 | 1 | 1 |", "| all | 2 | 1 (50.0%) | 1 |", "| 1 | it is the same |"}
+    assert expected <= set(rows(mutant.name))
+    for wrong in ([], [other.name], [mutant.name, other.name], [mutant.name, mutant.name]):
+        with pytest.raises(SystemExit, match="each survivor needs one reason"):
+            rows(*wrong)

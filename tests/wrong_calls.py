@@ -188,8 +188,8 @@ CALLS: dict[str, Callable[[Any, Fixed], Any]] = {
 
 # Right for this argument, although wrong for most: `accepted` is then the right outcome.
 _ODD_TREES = {"an empty dict", "another structure", "keys that are no strings", "odd keys", "None as a leaf"}
-_TREES = _ODD_TREES | {"an array of no element", "an array of rank 3", "an array on another device"}
-_TREES |= {"500 levels", "10,000 leaves"}
+_ARRAYS = {"an array of no element", "an array of rank 3", "an array on another device"}
+_TREES = _ODD_TREES | _ARRAYS | {"500 levels", "10,000 leaves"}
 _UNREAD = {"a deleted buffer", "a leaked tracer", "strings as leaves"}  # leaves are handed on, and not looked at
 RIGHT: dict[str, set[str]] = {
     "split_params(trainable=)": {"None", "a class"},  # a class is a predicate like any callable

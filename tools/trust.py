@@ -8,6 +8,8 @@ import json
 import pathlib
 import re
 import sys
+import tomllib
+from collections import Counter
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -42,7 +44,7 @@ def page() -> str:
     if not refused:
         raise SystemExit("trust: docs/errors.md does not say how many wrong calls were made")
     calls = f"{' '.join(refused[0].split())}."
-    parts = [*laws(fuzz), *long(soak), *matrix(), *flags(), *WRONG, calls, "", REST]
+    parts = [*laws(fuzz), *long(soak), *mutants(), *matrix(), *flags(), *WRONG, calls, "", REST]
     return "\n".join(["# Trust", "", HEAD, "", *parts])
 
 
@@ -83,6 +85,38 @@ def long(found: Any) -> list[str]:
         "and each result equal to that of a thread alone.",
         "",
         f"`{found['about']['command']}` (`make soak`) on {where(found['about'])}.",
+        "",
+    ]
+
+
+def mutants() -> list[str]:
+    """How many changes of the package a test noticed, and why the others make no difference."""
+    found = json.loads((RESULTS / "mutants.json").read_text())
+    reasons = tomllib.loads((ROOT / "tests" / "survivors.toml").read_text())["survivors"]
+    survived = {name for name, came in found["mutants"].items() if came == "survived"}
+    explained = [name for reason in reasons for name in reason["mutants"]]
+    if survived != set(explained) or len(survived) != len(explained):
+        odd = sorted(survived ^ set(explained)) or sorted(name for name in survived if explained.count(name) > 1)
+        raise SystemExit(
+            "\n".join(["trust: each survivor needs one reason in tests/survivors.toml, none other:", *odd])
+        )
+    tried = Counter(name.partition(":")[0] for name in found["mutants"])
+    lived = Counter(name.partition(":")[0] for name in survived)
+    rows = [f"| `{name}` | {count} | {count - lived[name]} | {lived[name]} |" for name, count in sorted(tried.items())]
+    total = len(found["mutants"])
+    return [
+        *MUTANTS,
+        "",
+        "| module | changes | noticed by a test | explained |",
+        "|---|---|---|---|",
+        *rows,
+        f"| all | {total} | {total - len(survived)} ({1 - len(survived) / total:.1%}) | {len(survived)} |",
+        "",
+        "| explained | why the change is none |",
+        "|---|---|",
+        *(f"| {len(reason['mutants'])} | {reason['why']} |" for reason in reasons),
+        "",
+        f"`make mutants` on {where(found['about'])}.",
         "",
     ]
 
@@ -131,6 +165,13 @@ VERSIONS = [
 ]
 RAN = """`make versions RECORD=tests/results/versions.json`; with `ONLY=3.12-newest`, that one. A test is skipped
 where that version of a library has not what it tests, or where it needs the sources of the package."""
+MUTANTS = [
+    "## Changes of the package",
+    "",
+    """cosmic-ray changes the package in one place at a time: a condition turned round, `and` for `or`, a number one
+more or less, a bound moved, a loop that never runs, an exception that is not caught, a decorator removed. Annotations
+are left to the type checkers. Each change that no test notices has its reason in `tests/survivors.toml`.""",
+]
 FLAGS = [
     "## JAX's flags",
     "",
