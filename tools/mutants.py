@@ -316,7 +316,7 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", help="such as _vmap.py; all by default")
     parser.add_argument("--fresh", action="store_true", help="learn anew which tests reach which line")
     parser.add_argument("--again", choices=["survivors", "all"], help="try these too, though they are stored")
-    parser.add_argument("--budget", type=float, default=20, help="seconds of tests for each mutant; a survivor may want more")
+    parser.add_argument("--budget", type=float, default=20, help="seconds of tests for each; a survivor may want more")
     parser.add_argument("--tests", nargs="+", help="these tests and no others")
     parser.add_argument("--list", action="store_true", help="name the mutants only")
     args = parser.parse_args()
