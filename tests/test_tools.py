@@ -107,8 +107,8 @@ def test_what_a_session_passed_is_stored_beside_the_others(tmp_path: pathlib.Pat
     assert [(each["passed"], each["skipped"]) for each in stored.values()] == [(7, 2), (7, 2)]
     versions = " | ".join(stored["3.12-newest"]["about"]["versions"][name] for name in trust.LIBRARIES)
     python = stored["3.12-newest"]["about"]["python"]
-    assert trust.tested("3.12-newest", stored["3.12-newest"]) == f"| {python} | newest | {versions} | 7 | 2 |"
-    assert trust.tested("3.13-lowest", None) == "| 3.13 | lowest | | | | | | not run | |"
+    assert trust.tested("3.12-newest", stored["3.12-newest"]) == f"| {python} newest | {versions} | 7 | 2 |"
+    assert trust.tested("3.13-lowest", None) == "| 3.13 lowest | | | | | | not run | |"
     with pytest.raises(SystemExit, match=r"3.11-lowest ran a part of the tests only: .* tests/test_laws"):
         trust.tested("3.11-lowest", stored["3.11-lowest"])
     junit.write_text('<testsuites><testsuite tests="9" skipped="2" failures="1" errors="0"/></testsuites>')

@@ -143,11 +143,11 @@ def tested(key: str, found: Any) -> str:
     """A row: Python, versions, and how many tests passed and were skipped."""
     python, end = key.split("-")
     if found is None:
-        return f"| {python} | {end} |{' |' * len(LIBRARIES)} not run | |"
+        return f"| {python} {end} |{' |' * len(LIBRARIES)} not run | |"
     if found["chosen"]:
         raise SystemExit(f"trust: {key} ran a part of the tests only: `{found['about']['command']}`")
     versions = " | ".join(found["about"]["versions"][name] for name in LIBRARIES)
-    return f"| {found['about']['python']} | {end} | {versions} | {found['passed']} | {found['skipped']} |"
+    return f"| {found['about']['python']} {end} | {versions} | {found['passed']} | {found['skipped']} |"
 
 
 HEAD = "What was tried to break it, how often, and the command that tries again."
@@ -160,8 +160,8 @@ VERSIONS = [
     "",
     "The wheel, built from the sdist, in an environment of its own; the tests from outside the source tree.",
     "",
-    f"| Python | dependencies | {' | '.join(LIBRARIES)} | passed | skipped |",
-    "|---" * (len(LIBRARIES) + 4) + "|",
+    f"| Python | {' | '.join(LIBRARIES)} | passed | skipped |",
+    "|---" * (len(LIBRARIES) + 3) + "|",
 ]
 RAN = """`make versions RECORD=tests/results/versions.json`; with `ONLY=3.12-newest`, that one. A test is skipped
 where that version of a library has not what it tests, or where it needs the sources of the package."""
