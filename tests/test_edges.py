@@ -16,7 +16,7 @@ from flax import nnx
 import flaxsplit as fs
 from flaxsplit._describe import differences, strong, wraps
 
-from .flags import needs_jit
+from .flags import needs_jit, needs_x32
 from .nnx_models import NEW
 
 TX = optax.sgd(0.5)
@@ -317,6 +317,7 @@ def test_a_module_owns_what_is_written_to_it() -> None:
     assert not linear(jnp.ones(2)).any()
 
 
+@needs_x32
 def test_a_number_is_written_where_a_scalar_is_due() -> None:
     outer = Outer()
     fs.to_nnx(outer, {"inner": {"first": 2.0, "second": np.float32(3)}}, {})

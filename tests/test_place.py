@@ -46,7 +46,7 @@ def test_what_is_spread_is_the_same(leaf: jax.Array) -> None:
 
 @pytest.mark.parametrize("other", [0, 1, 2])
 def test_leaves_that_differ_between_processes_are_named(other: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    leaves = {"carry.params['w']": jnp.ones(2), "carry.state['rngs']['dropout']": jax.random.key(0)}
+    leaves = {"carry.params['w']": jnp.ones(2, jnp.float32), "carry.state['rngs']['dropout']": jax.random.key(0)}
 
     def gathered(ours: np.ndarray) -> np.ndarray:
         theirs = ours.copy()
