@@ -18,6 +18,14 @@ needs_x32 = pytest.mark.skipif(
     CONFIG.jax_enable_x64, reason="JAX_ENABLE_X64: data without a dtype are f64, Flax's batch statistics f32"
 )
 
+needs_defaults = pytest.mark.skipif(
+    CONFIG.jax_check_tracer_leaks
+    or CONFIG.jax_debug_nans
+    or CONFIG.jax_enable_x64
+    or CONFIG.jax_numpy_rank_promotion == "raise",
+    reason="a flag is set that changes what is measured: the package is tested under it, its benchmarks are not",
+)
+
 DOCTESTS = {
     "flaxsplit._carry.adopt_carry": needs_x32,
     "flaxsplit._nnx.from_nnx": needs_x32,

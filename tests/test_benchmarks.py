@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from .flags import needs_jit
+from .flags import needs_defaults, needs_jit
 
-pytestmark = needs_jit
+pytestmark = [needs_jit, needs_defaults]
 ROOT = pathlib.Path(__file__).parent.parent
 CLAIMS = (ROOT / "benchmarks").glob("[!_]*.py")
 
