@@ -4,9 +4,9 @@ VENV ?= .venv
 # What `make lowest` and `make newest` run on: the first that is there.
 OLDER ?= 3.11 3.12 3.13
 NEWER ?= 3.12 3.13
-# Of JAX, for `make flags`.
+# Of JAX, for `make flags`. Where JAX_PLATFORMS is not set, the tests set it to cpu.
 FLAGS ?= JAX_CHECK_TRACER_LEAKS=1 JAX_DEBUG_NANS=1 JAX_ENABLE_X64=1 JAX_NUMPY_RANK_PROMOTION=raise JAX_DISABLE_JIT=1 \
-	JAX_PLATFORMS=cpu JAX_PLATFORMS=
+	JAX_PLATFORMS=
 
 BIN := $(VENV)/bin
 # As many processes as the smallest machine has cores; worksteal, because a few tests compile for much longer than the rest.
