@@ -8,8 +8,13 @@ import pytest
 CONFIG: Any = jax.config  # its flags are attributes that no checker sees
 
 needs_jit = pytest.mark.skipif(
-    CONFIG.jax_disable_jit, reason="JAX_DISABLE_JIT: nothing is compiled, donated or traced just once"
+    CONFIG.jax_disable_jit, reason="JAX_DISABLE_JIT: nothing is compiled, donated, traced just once or shared by processes"
 )
+needs_donation = pytest.mark.skipif(
+    CONFIG.jax_disable_jit or CONFIG.jax_debug_nans,
+    reason="JAX_DEBUG_NANS: JAX keeps what goes in, to look where a NaN came from, and donates nothing",
+)
+needs_nan = pytest.mark.skipif(CONFIG.jax_debug_nans, reason="JAX_DEBUG_NANS: JAX refuses a NaN itself")
 needs_promotion = pytest.mark.skipif(
     CONFIG.jax_numpy_rank_promotion == "raise",
     reason="JAX_NUMPY_RANK_PROMOTION=raise: a state that takes on another rank is what this test is about",

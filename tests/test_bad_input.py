@@ -16,7 +16,7 @@ from flaxsplit import _checks
 from flaxsplit._errors import Explained
 from tests import wrong_calls as wrong
 
-from .flags import needs_jit
+from .flags import needs_jit, needs_nan
 
 ROOT = pathlib.Path(__file__).parent.parent
 RIGHT = wrong.fixed()
@@ -58,6 +58,7 @@ def test_every_public_function_is_tried() -> None:
 
 
 @needs_jit
+@needs_nan
 def test_the_page_of_errors_is_of_today() -> None:
     done = subprocess.run([sys.executable, "tools/errors_page.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -11,7 +11,7 @@ import pytest
 
 import flaxsplit as fs
 
-from .flags import needs_jit
+from .flags import needs_donation, needs_jit
 from .models import MLP, Dropping, X, Y
 
 pytestmark = needs_jit
@@ -123,6 +123,7 @@ def test_combinators_that_only_watch_add_nothing() -> None:
     assert instructions(fs.assert_max_traces(ours, 1), *args) == instructions(by_hand, *args)
 
 
+@needs_donation
 def test_the_donated_carry_is_aliased_and_the_peak_is_the_hand_written_one() -> None:
     by_hand, ours, args = prepare("dropout-adamw")
     stats: list[Any] = [fs.jit_step(step).lower(*args).compile().memory_analysis() for step in (by_hand, ours)]

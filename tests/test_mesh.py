@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import flaxsplit as fs
 
 from . import strategies as some
-from .flags import needs_jit
+from .flags import needs_donation, needs_jit
 from .models import MLP, Dropping, X, Y, structure
 from .test_traces import MODELS, loss_of
 
@@ -341,6 +341,7 @@ def by_hand(carry: fs.Carry, batch: Any) -> tuple[fs.Carry, jax.Array]:
     return fs.Carry(carry.step + 1, optax.apply_updates(carry.params, updates), dict(updated), opt_state), loss
 
 
+@needs_donation
 @pytest.mark.parametrize("place", PLACES)
 def test_collectives_are_those_of_the_step_by_hand_and_the_carry_is_aliased(place: str) -> None:
     params, state = fs.split_params(MLP(axis_name=None).init(KEY, X))

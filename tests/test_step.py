@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
-from .flags import needs_jit
+from .flags import needs_donation
 from .models import MLP, Dropping, X, Y
 
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -145,7 +145,7 @@ def test_bf16_gradients_are_accumulated_in_f32() -> None:
     np.testing.assert_allclose(np.float32(new.params["w"]), -float(x.astype(jnp.float32).mean()), rtol=1e-2)
 
 
-@needs_jit
+@needs_donation
 def test_a_donated_step_deletes_nothing_of_the_callers() -> None:
     model = MLP()
     variables = model.init(jax.random.key(0), X[0])
@@ -168,7 +168,7 @@ def test_a_donated_step_deletes_nothing_of_the_callers() -> None:
     assert out.shape == Y.shape
 
 
-@needs_jit
+@needs_donation
 def test_a_carry_that_was_consumed_says_so_in_jaxs_words() -> None:
     # jit_step returns jax.jit's own object: nothing of ours runs at a dispatch, so the words are JAX's
     tx = optax.sgd(0.1)

@@ -13,6 +13,8 @@ from flax import nnx
 
 import flaxsplit as fs
 
+from .flags import CONFIG
+
 KEY = jax.random.key(0)
 X = jnp.ones((4, 2))
 TX = optax.adam(0.1)
@@ -83,6 +85,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "500 levels": deep,
     "10,000 leaves": lambda: {f"w{i}": np.float32(i) for i in range(10_000)},
 }
+if CONFIG.jax_debug_nans:
+    del KINDS["NaN"]  # which JAX then refuses itself, and not in every call
 
 
 @dataclasses.dataclass(frozen=True)

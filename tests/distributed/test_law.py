@@ -6,11 +6,14 @@ import re
 
 import pytest
 
+from tests.flags import needs_jit
+
 from .processes import ended_well, free_port, running
 
 CASES = 2 + 11 + 8 + 2
 
 
+@needs_jit
 @pytest.mark.skipif("FLAXSPLIT_TYPECHECKER" in os.environ, reason="signatures are checked where steps are traced alike")
 def test_every_optimizer_and_model_in_two_processes(tmp_path: pathlib.Path) -> None:
     port, worker = str(free_port()), ["-m", "tests.distributed.law_worker"]

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 
 from flaxsplit import _checks
+from tests.flags import needs_jit
 
 from .processes import ended_well, running
 
 STEPS = 24
-pytestmark = pytest.mark.skipif(
-    bool(_checks.TYPECHECKER), reason="takes minutes, and what it calls is checked elsewhere"
-)
+pytestmark = [
+    needs_jit,
+    pytest.mark.skipif(bool(_checks.TYPECHECKER), reason="takes minutes, and what it calls is checked elsewhere"),
+]
 
 
 def train(folder: pathlib.Path, processes: int, devices: int, steps: int) -> list[str]:
