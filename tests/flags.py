@@ -8,7 +8,8 @@ import pytest
 CONFIG: Any = jax.config  # its flags are attributes that no checker sees
 
 needs_jit = pytest.mark.skipif(
-    CONFIG.jax_disable_jit, reason="JAX_DISABLE_JIT: nothing is compiled, donated, traced just once or shared by processes"
+    CONFIG.jax_disable_jit,
+    reason="JAX_DISABLE_JIT: nothing is compiled, donated, traced just once or shared by processes",
 )
 needs_donation = pytest.mark.skipif(
     CONFIG.jax_disable_jit or CONFIG.jax_debug_nans,

@@ -14,7 +14,7 @@ import pytest
 import flaxsplit as fs
 from tools import notebook, pictures, trust
 
-from .flags import needs_donation
+from .flags import needs_donation, needs_jit
 
 ROOT = pathlib.Path(__file__).parent.parent
 PLACES = ("*.md", "docs/*.md", "docs/combinators/*.md", "stubs/*.md", "benchmarks/results/*/report.md")
@@ -38,6 +38,7 @@ def anchors(page: pathlib.Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@needs_jit
 @pytest.mark.parametrize("page", SHOWN, ids=name)
 def test_what_a_page_shows_is_what_comes(page: pathlib.Path) -> None:
     config: Any = jax.config
