@@ -375,7 +375,8 @@ def _check_unwritten(run: Any, found: Mapping[Path, Any], new_leaves: list[Any])
     """Fails where a param was written. One that was not comes out as it went in, but for `nnx.remat` and `nnx.jit`."""
     if all(leaf is new for (path, leaf), new in zip(found.items(), new_leaves, strict=True) if path[0] == "params"):
         return
-    jaxpr = jax.make_jaxpr(lambda leaves: run(leaves)[0])([*found.values()]).jaxpr
+    with jax.disable_jit(False):  # unrolled, a scan of layers would stack its params anew
+        jaxpr = jax.make_jaxpr(lambda leaves: run(leaves)[0])([*found.values()]).jaxpr
     pairs = zip(found, jaxpr.invars, jaxpr.outvars, strict=True)
     written = [path for path, old, new in pairs if path[0] == "params" and _source(jaxpr, new) is not old]
     if written:

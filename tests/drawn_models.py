@@ -127,7 +127,7 @@ class Remember:
             if at.axis_name is not None:
                 new = jax.lax.pmean(new, at.axis_name)
             mean.value = 0.5 * mean.value + 0.5 * new
-        return (x + mean.value.astype(x.dtype)).reshape(x.shape)
+        return x + jnp.broadcast_to(mean.value.reshape(-1).astype(x.dtype), x.shape)
 
 
 Layer: TypeAlias = Dense | Conv | BatchNorm | Dropout | Embed | RNN | Attention | Sow | Remember

@@ -7,6 +7,9 @@ import pytest
 
 CONFIG: Any = jax.config  # its flags are attributes that no checker sees
 
+ONCE = 0 if CONFIG.jax_disable_jit else 1
+"""How often a step is traced and compiled."""
+
 needs_jit = pytest.mark.skipif(
     CONFIG.jax_disable_jit,
     reason="JAX_DISABLE_JIT: nothing is compiled, donated, traced just once or shared by processes",

@@ -14,14 +14,18 @@ import pytest
 import flaxsplit as fs
 from tools import notebook, pictures, trust
 
-from .flags import needs_donation, needs_jit
+from .flags import needs_donation, needs_jit, needs_promotion
 
 ROOT = pathlib.Path(__file__).parent.parent
 PLACES = ("*.md", "docs/*.md", "docs/combinators/*.md", "stubs/*.md", "benchmarks/results/*/report.md")
 PAGES = [page for place in PLACES for page in sorted(ROOT.glob(place))]
-DONATED = "jit_step"  # shows a carry that is gone
+MARKS = {
+    "jit_step": needs_donation,  # shows a carry that is gone
+    "recompilation": needs_promotion,
+    "settle_state": needs_promotion,
+}
 SHOWN = [
-    pytest.param(page, marks=[needs_donation] if page.stem == DONATED else [])
+    pytest.param(page, marks=MARKS.get(page.stem, ()))
     for page in PAGES
     if "```pycon" in page.read_text()
 ]
@@ -52,6 +56,7 @@ def test_what_a_page_shows_is_what_comes(page: pathlib.Path) -> None:
     assert found.failed == 0
 
 
+@needs_jit
 def test_the_notebook_is_the_tutorial_and_runs() -> None:
     written = notebook.NOTEBOOK.read_text()
     assert written == notebook.notebook()

@@ -419,3 +419,13 @@ def test_more_traces_are_allowed_where_they_are_meant() -> None:
     jitted(jnp.ones(3))
     with pytest.raises(fs.RetraceError, match=r"traced 3 times"):
         jitted(jnp.ones(5))
+
+
+def test_without_jit_nothing_is_counted() -> None:
+    jitted = jax.jit(fs.assert_max_traces(new_function()))
+    with jax.disable_jit():
+        for size in (3, 3, 4):
+            assert jitted(jnp.ones(size)).shape == (size,)
+    jitted(jnp.ones(3))
+    with jax.disable_jit(False), pytest.raises(fs.RetraceError, match=r"traced 2 times"):
+        jitted(jnp.ones(4))

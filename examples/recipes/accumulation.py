@@ -35,9 +35,9 @@ class Network(nn.Module):
     def __call__(self, x: Array, *, train: bool = True) -> Array:
         for i in range(self.depth):
             x = Block(width=8, name=f"block_{i}")(x, train)
-        mean = self.variable("statistics", "mean", jnp.zeros, (x.shape[-1],))
+        mean = self.variable("statistics", "mean", jnp.zeros, (1, x.shape[-1]))
         if train and not self.is_initializing():
-            mean.value = 0.9 * mean.value + 0.1 * x.mean(axis=0)
+            mean.value = 0.9 * mean.value + 0.1 * x.mean(axis=0, keepdims=True)
         return nn.Dense(1)(x - mean.value).squeeze(-1)
 
 

@@ -24,7 +24,7 @@ class LanguageModel(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array, position: Array | None = None) -> Array:
-        places = jnp.arange(tokens.shape[-1]) if position is None else position[None]
+        places = jnp.arange(tokens.shape[-1])[None] if position is None else position[None, None]
         x = nn.Embed(VOCABULARY, self.width)(tokens) + nn.Embed(LENGTH, self.width)(places)
         mask = None if self.decode else nn.make_causal_mask(tokens)
         attention = nn.MultiHeadDotProductAttention(num_heads=2, decode=self.decode)
@@ -66,7 +66,7 @@ def sample(params: dict[str, Any], cache: dict[str, Any], prompt: Array, key: Ar
 
 def main() -> None:
     key = jax.random.key(0)
-    tokens = (jnp.arange(4)[:, None] * 2 + jnp.arange(LENGTH)) % VOCABULARY  # each text counts on from its first token
+    tokens = (jnp.arange(4)[:, None] * 2 + jnp.arange(LENGTH)[None]) % VOCABULARY  # each counts on from its first
     params, state = fs.split_params(learner.init(key, tokens))
     carry = fs.init_carry(params, state, tx)
     step = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(loss_fn, tx)))

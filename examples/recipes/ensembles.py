@@ -54,7 +54,7 @@ def main() -> None:
         carry, _ = step(carry, batch)
 
     pred, _ = jax.jit(members)(carry.params, carry.state, x)
-    errors = optax.l2_loss(pred - batch["y"]).mean(axis=(1, 2))
+    errors = jax.vmap(optax.l2_loss, (0, None))(pred, batch["y"]).mean(axis=(1, 2))
     together = optax.l2_loss(pred.mean(axis=0), batch["y"]).mean()
     assert errors.shape == (MEMBERS,)
     assert together < errors.mean()

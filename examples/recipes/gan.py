@@ -90,7 +90,7 @@ def main() -> None:
     center = jnp.array([2.0, -1.0])
     for each in jax.random.split(key, 300):
         real_key, z_key = jax.random.split(each)
-        real = center + jax.random.normal(real_key, (64, 2))
+        real = center[None] + jax.random.normal(real_key, (64, 2))
         players, _ = step(players, (real, jax.random.normal(z_key, (64, LATENT))))
 
     fake, _ = generate(players.generator.params, players.generator.state, jax.random.normal(key, (512, LATENT)))

@@ -49,7 +49,7 @@ def loss_fn(params: Any, state: Any, batch: tuple[Array, Array]) -> tuple[Array,
 def main() -> None:
     steps = 200
     phase = jax.random.uniform(jax.random.key(0), (BATCH, 1, 1), maxval=6.0)
-    wave = jnp.sin(phase + 0.3 * jnp.arange(steps * PIECE + 1)[:, None])
+    wave = jnp.sin(phase + 0.3 * jnp.arange(steps * PIECE + 1)[None, :, None])
     params, state = fs.split_params(model.init(jax.random.key(1), wave[:, :PIECE]))
     forgotten = state["memory"]
     carry = fs.init_carry(params, state, tx)
