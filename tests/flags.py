@@ -19,6 +19,9 @@ needs_donation = pytest.mark.skipif(
     reason="JAX_DEBUG_NANS: JAX keeps what goes in, to look where a NaN came from, and donates nothing",
 )
 needs_nan = pytest.mark.skipif(CONFIG.jax_debug_nans, reason="JAX_DEBUG_NANS: JAX refuses a NaN itself")
+needs_caches = pytest.mark.skipif(
+    CONFIG.jax_check_tracer_leaks, reason="JAX_CHECK_TRACER_LEAKS: JAX compiles anew for each of 10,000 leaves"
+)
 needs_promotion = pytest.mark.skipif(
     CONFIG.jax_numpy_rank_promotion == "raise",
     reason="JAX_NUMPY_RANK_PROMOTION=raise: a state that takes on another rank is what this test is about",
