@@ -1518,6 +1518,7 @@ def retraced(first: tuple[Any, ...], second: tuple[Any, ...], max_traces: int = 
     return fails(fs.RetraceError, jitted, *second)
 
 
+@needs_jit
 @needs_x32
 def test_retrace_for_a_shape() -> None:
     carry = one(batch_stats={"mean": jnp.ones(5)})
@@ -1533,6 +1534,7 @@ def test_retrace_for_a_shape() -> None:
     """)
 
 
+@needs_jit
 def test_retrace_for_a_dtype() -> None:
     error = retraced((X, Y), (X, Y.astype(jnp.bfloat16)))
     assert str(error) == whole("""
@@ -1557,6 +1559,7 @@ def test_retrace_for_a_weak_type() -> None:
     """)  # noqa: E501
 
 
+@needs_jit
 def test_retrace_for_keys() -> None:
     error = retraced(({"x": X, "y": Y},), ({"x": X, "z": {"a": Y}},))
     assert str(error) == whole("""
@@ -1569,6 +1572,7 @@ def test_retrace_for_keys() -> None:
     """)  # noqa: E501
 
 
+@needs_jit
 def test_retrace_for_an_argument() -> None:
     error = retraced((X,), (X, Y))
     assert str(error) == whole("""
@@ -1580,6 +1584,7 @@ def test_retrace_for_an_argument() -> None:
     """)  # noqa: E501
 
 
+@needs_jit
 def test_retrace_for_a_static_value() -> None:
     error = retraced((X, 3), (X, 4), static_argnums=1)
     assert str(error) == whole("""
@@ -1591,6 +1596,7 @@ def test_retrace_for_a_static_value() -> None:
     """)  # noqa: E501
 
 
+@needs_jit
 def test_retrace_for_a_train_state_of_another_tx() -> None:
     def create(tx: Any) -> Any:
         return TrainState.create(apply_fn=print, params={"w": jnp.ones(3)}, tx=tx)
@@ -1605,6 +1611,7 @@ def test_retrace_for_a_train_state_of_another_tx() -> None:
     """)  # noqa: E501
 
 
+@needs_jit
 def test_retrace_for_a_kind_of_container() -> None:
     error = retraced(([X, Y],), ((X, Y),))
     assert str(error) == whole("""
@@ -1616,6 +1623,7 @@ def test_retrace_for_a_kind_of_container() -> None:
     """)  # noqa: E501
 
 
+@needs_jit
 def test_retrace_for_nothing() -> None:
     step = fs.assert_max_traces(lambda carry, batch: (carry, batch))
     jax.jit(lambda carry, batch: step(carry, batch))(X, Y)
@@ -1629,6 +1637,7 @@ def test_retrace_for_nothing() -> None:
     """)  # noqa: E501
 
 
+@needs_jit
 @needs_x32
 def test_retrace_for_a_sharding_in_the_type() -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
@@ -1643,6 +1652,7 @@ def test_retrace_for_a_sharding_in_the_type() -> None:
     """)
 
 
+@needs_jit
 def test_the_nearest_of_several_traces_is_shown() -> None:
     near, far = {"a": X, "b": X, "c": X}, {"a": Y, "b": Y, "c": X[:3]}
 
