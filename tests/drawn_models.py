@@ -163,11 +163,12 @@ class Model:
         key = jax.random.key(seed)
         if self.has(Embed):
             return jax.random.randint(key, shape, 0, VOCABULARY)
-        return jax.random.normal(key, (*shape, WIDTH))
+        return jax.random.normal(key, (*shape, WIDTH), jnp.float32)
 
     def batch(self, seed: int) -> tuple[jax.Array, jax.Array]:
         """What a step takes."""
-        return self.inputs(seed, 1 if self.cached else TIME), jax.random.normal(jax.random.key(seed + 1), (BATCH,))
+        y = jax.random.normal(jax.random.key(seed + 1), (BATCH,), jnp.float32)
+        return self.inputs(seed, 1 if self.cached else TIME), y
 
     def variables(self, one: bool = False) -> dict[str, Any]:
         """Where training starts: of a batch, or of one example alone, which only a cache tells apart."""
@@ -324,4 +325,4 @@ class NnxModel:
         key = jax.random.key(seed)
         if self.embeds:
             return jax.random.randint(key, (BATCH, TIME), 0, VOCABULARY)
-        return jax.random.normal(key, (BATCH, TIME, WIDTH))
+        return jax.random.normal(key, (BATCH, TIME, WIDTH), jnp.float32)

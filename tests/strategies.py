@@ -391,10 +391,11 @@ def narrowed(draw: st.DrawFn, state: Mapping[str, Any]) -> tuple[dict[str, Any],
     start, settled = flat(state), flat(state)
     for path in sorted(path for path in start if path[0] in UPDATED):
         like = start[path]
-        leaf = like + jnp.arange(float(like.size)).reshape(like.shape) / 4  # no two numbers are the same
+        leaf = like + jnp.arange(like.size, dtype=like.dtype).reshape(like.shape) / 4  # no two numbers are the same
         cut = draw(st.sampled_from([(), (..., slice(1)), (0,), (0,) * like.ndim]))
         leaf = leaf[cut].astype(draw(st.sampled_from([like.dtype, jnp.float16, jnp.bfloat16, jnp.int32])))
-        kinds: list[Any] = [jnp.asarray, np.asarray, *([float] if leaf.ndim == 0 else [])]
+        floats = leaf.ndim == 0 and jnp.result_type(float) == like.dtype  # under JAX_ENABLE_X64 a float is f64
+        kinds: list[Any] = [jnp.asarray, np.asarray, *([float] if floats else [])]
         start[path] = draw(st.sampled_from(kinds))(leaf)
         settled[path] = jnp.broadcast_to(leaf, like.shape).astype(like.dtype)
     return nested(start), nested(settled)

@@ -14,7 +14,7 @@ import pytest
 import flaxsplit as fs
 from tools import notebook, pictures, trust
 
-from .flags import needs_donation, needs_jit, needs_promotion
+from .flags import needs_donation, needs_jit, needs_promotion, needs_x32
 
 ROOT = pathlib.Path(__file__).parent.parent
 PLACES = ("*.md", "docs/*.md", "docs/combinators/*.md", "stubs/*.md", "benchmarks/results/*/report.md")
@@ -43,6 +43,7 @@ def anchors(page: pathlib.Path) -> set[str]:
 
 
 @needs_jit
+@needs_x32
 @pytest.mark.parametrize("page", SHOWN, ids=name)
 def test_what_a_page_shows_is_what_comes(page: pathlib.Path) -> None:
     config: Any = jax.config

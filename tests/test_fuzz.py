@@ -233,7 +233,7 @@ def mapped(model: Model, lanes: Lanes) -> Any:
 
     def fn(params: Any, state: Any, x: Any, shift: Any, *, scale: Any, rngs: Any = None) -> tuple[Any, Any]:
         out, state = apply(params, state, x, rngs=rngs)
-        noise = 0.0 if rngs is None else jax.random.normal(rngs["noise"])
+        noise = 0.0 if rngs is None else jax.random.normal(rngs["noise"], (), jnp.float32)
         return scored(out, noise, shift, scale), state
 
     each: Any = fs.vmap_stateful(
@@ -267,7 +267,7 @@ def lane_by_hand(model: Model, lanes: Lanes, scale: Any) -> Any:
         rest = {name: tree for name, tree in state.items() if name not in ("params", "rngs", "ema")}
         variables = {**rest, "params": merged(params, state.get("params", {}))}
         out, new = Drawn(model, lanes.axis_name).apply(variables, x, mutable=[*rest], rngs=keys or None)
-        noise = jax.random.normal(keys["noise"]) if keys else 0.0
+        noise = jax.random.normal(keys["noise"], (), jnp.float32) if keys else 0.0
         return scored(out, noise, shift, scale), state | dict(new)
 
     return lane
@@ -321,7 +321,7 @@ def test_law_3_the_options_of_vmap(model: Model, data: st.DataObject, seed: int)
     lanes = data.draw(some.lanes(model, one_params, one_state))
     state_axes = lanes.axes(one_state)
     axes = (lanes.params, state_axes, lanes.x, lanes.shift)
-    x, scale = model.batch(seed)[0][:LANES], jnp.arange(1.0, 1 + LANES)
+    x, scale = model.batch(seed)[0][:LANES], jnp.arange(1, 1 + LANES, dtype=jnp.float32)
     x = x[0] if lanes.x is None else jnp.moveaxis(x, 0, lanes.x)
     shift = laned({"a": jnp.float32(2), "b": jnp.float32(3)}, lanes.shift)
     args = (laned(one_params, lanes.params), laned(one_state, state_axes), x, shift)
@@ -384,7 +384,8 @@ def test_a_settled_state_stays(model: Model, data: st.DataObject, seed: int) -> 
 
     path = data.draw(st.sampled_from(sorted(path for path in kept if path[0] in some.UPDATED)))
     end = some.flat(expected)[path]
-    wrong = data.draw(st.sampled_from([jnp.zeros((3, *end.shape)), jnp.zeros(3), end.astype(jnp.complex64)]))
+    odd = [jnp.zeros((3, *end.shape), jnp.float32), jnp.zeros(3, jnp.float32), end.astype(jnp.complex64)]
+    wrong = data.draw(st.sampled_from(odd))
     forgets: Any = lambda params, _, x: fn(params, expected, x)  # noqa: E731
     with pytest.raises(fs.StateDriftError) as caught:
         fs.settle_state(forgets, params, some.nested(some.flat(start) | {path: wrong}), batch[0])

@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 def start(tx: optax.GradientTransformation) -> Any:
     """The first carry, buffers of its own at each call."""
-    params, state = fs.split_params(Net().init(jax.random.key(0), jnp.ones((2, 8)), train=False))
+    params, state = fs.split_params(Net().init(jax.random.key(0), jnp.ones((2, 8), jnp.float32), train=False))
     return fs.init_carry(params, state | fs.rng_state(dropout=jax.random.key(1)), tx)
 
 
@@ -170,7 +170,7 @@ def threads(callers: int = 8, steps: int = 200) -> dict[str, Any]:
     """Many threads call one jitted step, each with its own carry; stops where one ends elsewhere than one alone."""
     tx = optax.adam(1e-3)
     step = ours(tx)
-    batches = [jax.random.normal(jax.random.key(size), (size, 8)) for size in SIZES]
+    batches = [jax.random.normal(jax.random.key(size), (size, 8), jnp.float32) for size in SIZES]
 
     def run(_: int) -> Any:
         carry = start(tx)
