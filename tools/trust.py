@@ -180,7 +180,9 @@ are left to the type checkers. Each change that no test notices has its reason i
 FLAGS = [
     "## JAX's flags",
     "",
-    "All tests under each. One that cannot pass, such as a count of compiles where nothing is compiled, says why.",
+    """All tests under each. One that cannot pass, such as a count of compiles where nothing is compiled, says why.
+Benchmarks are left out where a flag changes what they measure. The tests set `JAX_PLATFORMS=cpu` where nothing is said;
+where it is empty, JAX chooses.""",
     "",
     "| flag | passed | skipped |",
     "|---|---|---|",
