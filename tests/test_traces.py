@@ -427,5 +427,5 @@ def test_without_jit_nothing_is_counted() -> None:
         for size in (3, 3, 4):
             assert jitted(jnp.ones(size)).shape == (size,)
     jitted(jnp.ones(3))
-    with jax.disable_jit(False), pytest.raises(fs.RetraceError, match=r"traced 2 times"):
+    with pytest.raises(fs.RetraceError, match=r"traced 2 times"):
         jitted(jnp.ones(4))
