@@ -3,29 +3,31 @@
 import importlib as _importlib
 import typing as _typing
 
-from ._carry import adopt_carry as adopt_carry
+from ._adopt import adopt_carry as adopt_carry
 from ._carry import init_carry as init_carry
+from ._ema import with_ema as with_ema
 from ._errors import CollectionError as CollectionError
 from ._errors import RetraceError as RetraceError
 from ._errors import SignatureError as SignatureError
 from ._errors import StateDriftError as StateDriftError
 from ._errors import UnsyncedStateError as UnsyncedStateError
 from ._errors import UntouchedStateWarning as UntouchedStateWarning
+from ._gradient import value_and_grad as value_and_grad
+from ._jit import jit_step as jit_step
 from ._mutable import with_mutable as with_mutable
 from ._rngs import rng_state as rng_state
 from ._rngs import with_rngs as with_rngs
+from ._scan import scan_steps as scan_steps
+from ._scan import stack_batches as stack_batches
 from ._settle import settle_state as settle_state
 from ._split import merge_state as merge_state
 from ._split import split_params as split_params
-from ._step import jit_step as jit_step
-from ._step import scan_steps as scan_steps
-from ._step import stack_batches as stack_batches
-from ._step import with_ema as with_ema
-from ._step import with_optimizer as with_optimizer
 from ._traces import CompileLog as CompileLog
 from ._traces import assert_max_traces as assert_max_traces
 from ._traces import compile_log as compile_log
 from ._types import Carry as Carry
+from ._update import apply_gradients as apply_gradients
+from ._update import with_optimizer as with_optimizer
 from ._vmap import vmap_stateful as vmap_stateful
 
 __version__ = "0.1.0"

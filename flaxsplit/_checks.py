@@ -10,13 +10,16 @@ import importlib
 import inspect
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar, Union, get_args, get_origin
 
+import jax
+import jax.numpy as jnp
 import jaxtyping
 
-from ._describe import describe, kind_of
+from ._describe import kind_of
 from ._errors import Explained, SignatureError
+from ._refusals.options import COUNT, TWO, TX, form, function
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -24,72 +27,52 @@ TYPECHECKER = os.environ.get("FLAXSPLIT_TYPECHECKER", "")
 """`typeguard`, `beartype`, or a path to any decorator, `package.decorator`; empty for none."""
 
 
-def check_form(where: str, name: str, value: Any, fits: bool, required: str, fix: str) -> None:
-    """Fails where an argument is not of the form that is required, before anything is traced or changed."""
-    if not fits:
-        came = f"the class {value.__name__}" if isinstance(value, type) else describe(value)
-        cause = "something else was passed, or the arguments are in another order"
-        raise SignatureError(where, f"{name} must be {required}", [f"{name}: {came}"], cause, fix)
+def is_function(fn: Any) -> bool:
+    """Tells functions from modules, which are to be wrapped first, and from classes, which are to be constructed."""
+    return callable(fn) and not isinstance(fn, type) and not hasattr(fn, "apply") and not hasattr(fn, "sow")
 
 
-def check_function(where: str, name: str, fn: Any, fix: str) -> None:
-    """Fails where a function is due: a module is to be wrapped first, and a class to be constructed."""
-    is_module = hasattr(fn, "apply") or hasattr(fn, "sow")
-    fits = callable(fn) and not isinstance(fn, type) and not is_module
-    check_form(where, name, fn, fits, "a function, and no module or class", fix)
-
-
-def check_leaves(
-    where: str,
-    required: str,
-    leaves: Mapping[str, Any],
-    fits: Callable[[Any], bool],
-    cause: str,
-    fix: str,
-    say: Callable[[Any], str] = kind_of,
-) -> None:
-    """Fails where leaves are not what is required; names every one by its key path."""
-    strange = [f"{path}: {say(leaf)}" for path, leaf in leaves.items() if not fits(leaf)]
-    if strange:
-        raise SignatureError(where, required, strange, cause, fix)
+def is_inexact(leaf: Any) -> bool:
+    """Tells what has a gradient."""
+    return bool(jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact))
 
 
 def check_tx(where: str, tx: Any) -> None:
     """Fails where an optax transformation is due."""
     fits = callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)) and not isinstance(tx, type)
-    check_form(where, "tx", tx, fits, "an optax transformation: it has init and update", "tx = optax.adam(1e-3)")
-
-
-def check_axis_name(where: str, option: str, axis_name: Any) -> None:
-    """Fails where the name of an axis, or names, are due."""
-    names = names_of(axis_name)
-    fits = isinstance(names, tuple) and bool(names) and all(isinstance(name, str) for name in names)
-    check_form(where, option, axis_name, fits, "the name of an axis, or a tuple of names", f"{option}='batch'")
-
-
-def names_of(axis_name: Any) -> Any:
-    """The name of an axis, or names, as names."""
-    return (axis_name,) if isinstance(axis_name, str) else axis_name
+    TX.unless(fits, where=where, tx=tx)
 
 
 def check_count(where: str, count: Any) -> None:
     """Fails where a number of parts, steps or lanes is due."""
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise SignatureError(
-            where,
-            "a whole number of at least 1",
-            [f"{describe(count)}: {count!r}" if isinstance(count, int | float) else describe(count)],
-            "zero, a negative number, a fraction, or no number",
-            where.replace("...", "4"),
-        )
+    COUNT.unless(isinstance(count, int) and not isinstance(count, bool) and count >= 1, where, count)
 
 
 def two_of(result: Any, where: str, form: str) -> tuple[Any, Any]:
     """Gives the two things that a function returned, or says that they are not two."""
-    if isinstance(result, tuple) and len(result) == 2:
-        return result
-    came = f"a tuple of {len(result)}" if type(result) is tuple else describe(result)
-    raise SignatureError(where, f"must return two things: {form}", [came], "a result is missing", form)
+    TWO.unless(isinstance(result, tuple) and len(result) == 2, result, where, form)
+    first, second = result
+    return first, second
+
+
+# LEGACY: to go once _mutable, _vmap, _rngs, _settle, _traces and _nnx speak by rows
+
+
+def check_form(where: str, name: str, value: Any, fits: bool, required: str, fix: str) -> None:
+    """Fails where an argument is not of the form that is required, before anything is traced or changed."""
+    form(where, f"{name} must be {required}", fix).unless(fits, **{name: value})
+
+
+def check_function(where: str, name: str, fn: Any, fix: str) -> None:
+    """Fails where a function is due: a module is to be wrapped first, and a class to be constructed."""
+    function(where, name, fix).unless(is_function(fn), **{name: fn})
+
+
+def check_leaves(where: str, required: str, leaves: Any, fits: Any, cause: str, fix: str, say: Any = kind_of) -> None:
+    """Fails where leaves are not what is required; names every one by its key path."""
+    strange = [f"{path}: {say(leaf)}" for path, leaf in leaves.items() if not fits(leaf)]
+    if strange:
+        raise SignatureError(where, required, strange, cause, fix)
 
 
 def checked(fn: F) -> F:

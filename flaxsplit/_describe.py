@@ -62,6 +62,11 @@ def describe(leaf: Any) -> str:
     return f"{short}[{_dimensions(leaf)}]{weak}"
 
 
+def form_of(value: Any) -> str:
+    """As `describe`, with the size of a tuple."""
+    return f"a tuple of {len(value)}" if isinstance(value, tuple) else describe(value)
+
+
 def kind_of(leaf: Any) -> str:
     """As `describe`, with the type where what is wrong with an array is that it is none of JAX's."""
     if is_deleted(leaf):
@@ -81,6 +86,14 @@ def _explicit_spec(leaf: Any) -> tuple[Any, ...]:
         return nothing
     sharding: Any = getattr(jax.typeof(leaf), "sharding", None)
     return (*getattr(sharding, "spec", ()), *nothing)
+
+
+def place_of(placement: Any) -> str:
+    """Says a mesh or a sharding by its axes and devices; the words of JAX differ by version."""
+    axes = ", ".join(f"{name}={size}" for name, size in getattr(placement, "shape", {}).items())
+    devices = list(placement.devices.flat if axes else placement.device_set)
+    names = ", ".join(shorten(sorted(f"{device.platform}:{device.id}" for device in devices), 4))
+    return f"mesh({axes}) of {names}" if axes else names
 
 
 def abstract(tree: Any) -> Any:
@@ -171,10 +184,10 @@ def shorten(lines: Sequence[str], most: int = 12) -> list[str]:
     return [*lines] if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more"]
 
 
-def same_structure(before: Any, after: Any) -> bool:
+def same_structure(before: Any, after: Any, is_leaf: Callable[[Any], bool] | None = None) -> bool:
     """Compares two trees but for their leaves."""
-    old: Any = jax.tree.structure(before)
-    return bool(old == jax.tree.structure(after))
+    old: Any = jax.tree.structure(before, is_leaf=is_leaf)
+    return bool(old == jax.tree.structure(after, is_leaf=is_leaf))
 
 
 def alike(before: Any, after: Any) -> bool:
@@ -188,6 +201,11 @@ def _type_of(leaf: Any) -> tuple[Any, Any]:
         return type(leaf), None
     kind = jax.typeof(leaf)
     return kind.shape, kind.dtype
+
+
+def shapes_of(tree: Any) -> list[tuple[int, ...]]:
+    """The shapes of the leaves."""
+    return [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def plain(tree: Any) -> Any:

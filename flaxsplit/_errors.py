@@ -1,8 +1,13 @@
-"""How flaxsplit speaks of failure: five classes, each a builtin's child, and one anatomy for every message."""
+"""How flaxsplit speaks of failure: classes, one anatomy for every message, and rows of words apart from the code."""
 
-from collections.abc import Sequence
+import dataclasses
+import string
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, Self
 
-from ._describe import shorten
+import jax
+
+from ._describe import describe, keyed_leaves, kind_of, shorten
 
 
 class Explained(Exception):  # noqa: N818 (what errors and a warning share; neither's name would fit both)
@@ -57,3 +62,77 @@ class UntouchedStateWarning(Explained, UserWarning):
 
 for _class in list(Explained.__subclasses__()):
     _class.__module__ = "flaxsplit"
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """One row of words: why a call is refused. A `$name` in a text stands for a value given when it is raised.
+
+    Called, it gives the error. Its methods are the checks, so that each is one expression in a combinator; what came
+    is put into words only once a check has failed.
+    """
+
+    error: type[Explained]
+    where: str
+    required: str
+    cause: str
+    fix: str
+
+    def __call__(self, *lines: str, **values: Any) -> Explained:
+        """Gives the error. `lines` say what came; so do values that no text names, as `name: f32[2]`."""
+        texts = [self.where, self.required, self.cause, self.fix]
+        named = {name for text in texts for name in string.Template(text).get_identifiers()}
+        came = [f"{name}: {said(value)}" for name, value in values.items() if name not in named]
+        where, required, cause, fix = (string.Template(text).substitute(values) for text in texts)
+        return self.error(where, required, [*lines, *came], cause, fix)
+
+    def but(self, **texts: Any) -> Self:
+        """The same row with other words."""
+        return dataclasses.replace(self, **texts)
+
+    def unless(self, fits: object, *lines: str, **values: Any) -> None:
+        """Raises unless the condition holds."""
+        if not fits:
+            raise self(*lines, **values)
+
+    def unless_all(
+        self, fits: Callable[[Any], object], tree: Any, name: str, say: Any = kind_of, **values: Any
+    ) -> None:
+        """Raises unless the condition holds for each leaf of a tree; names every other by its key path."""
+        if not all(map(fits, jax.tree.leaves(tree))):
+            leaves = keyed_leaves(tree, name).items()
+            raise self(*(f"{path}: {say(leaf)}" for path, leaf in leaves if not fits(leaf)), **values)
+
+    def if_any(self, lines: Iterable[str], **values: Any) -> None:
+        """Raises where there is something to say."""
+        if came := [*lines]:
+            raise self(*came, **values)
+
+    def instead_of(self, error: BaseException, *lines: str, **values: Any) -> NoReturn:
+        """Raises in place of another library's error, which stays its cause."""
+        raise self(*lines, **values) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess:
+    """A refusal whose likely cause is looked for only after the check has failed: a function that gives the error."""
+
+    explain: Callable[..., Explained]
+
+    def __call__(self, *args: Any, **values: Any) -> Explained:
+        """Gives the error."""
+        return self.explain(*args, **values)
+
+    def unless(self, fits: object, *args: Any, **values: Any) -> None:
+        """Raises unless the condition holds."""
+        if not fits:
+            raise self(*args, **values)
+
+    def instead_of(self, error: BaseException, *args: Any, **values: Any) -> NoReturn:
+        """Raises in place of another library's error, which stays its cause."""
+        raise self(*args, **values) from error
+
+
+def said(value: Any) -> str:
+    """Says what an argument is: a class by its name, an array as `f32[2]`, anything else by its type."""
+    return f"the class {value.__name__}" if isinstance(value, type) else describe(value)

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from ._describe import describe
-from ._errors import SignatureError
+from ._refusals.carry import UNEQUAL
 
 
 def placed(where: str, leaves: Mapping[str, tuple[jax.Array, Sharding]]) -> list[jax.Array]:
@@ -56,14 +56,7 @@ def _check_equal(where: str, leaves: Mapping[str, jax.Array]) -> None:
     gathered: Any = multihost_utils.process_allgather(ours)
     differ = (gathered != gathered[0]).any(axis=0)
     strange = [f"{path}: {describe(leaf)}" for (path, leaf), each in zip(leaves.items(), differ, strict=True) if each]
-    if strange:
-        raise SignatureError(
-            where,
-            "leaves that are not on the mesh yet must be the same in every process",
-            strange,
-            "each process drew its own key, or read its own file",
-            "the same jax.random.key(seed) in every process; their batches may differ",
-        )
+    UNEQUAL.if_any(strange, where=where)
 
 
 def _checksum(leaf: jax.Array) -> int:

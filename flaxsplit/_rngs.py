@@ -6,7 +6,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from ._checks import check_axis_name, check_function, checked, names_of
+from ._axes import check_bound
+from ._checks import check_function, checked
 from ._describe import describe, is_array, wraps
 from ._errors import CollectionError, SignatureError
 from ._split import check_halves
@@ -108,29 +109,6 @@ def _of_each_key(fn: Callable[[Any], Any], key: Any, out_axes: int) -> Any:
     for _ in key.shape if typed else key.shape[1:]:
         fn = jax.vmap(fn, out_axes=out_axes)
     return fn(key)
-
-
-def is_bound(axis_name: AxisName) -> bool:
-    """Looks a name up without an instruction: `psum` of a Python number is its count."""
-    try:
-        jax.lax.psum(1, axis_name)
-    except (NameError, KeyError, AssertionError):  # which of them depends on the version, and on what encloses the call
-        return False
-    return True
-
-
-def check_bound(where: str, axis_name: AxisName) -> None:
-    """Fails where an axis that is to be averaged or drawn over is none."""
-    check_axis_name(where, "axis_name", axis_name)
-    unbound = [name for name in names_of(axis_name) if not is_bound(name)]
-    if unbound:
-        raise SignatureError(
-            where,
-            "the axis must be bound by an enclosing shard_map, vmap or pmap",
-            [f"axis_name: {name!r} is not bound here" for name in unbound],
-            "the name is misspelt, or the call is in a plain jit, where the mesh needs no name",
-            "jax.shard_map(step, mesh=mesh, ...) over a mesh with that axis; or no axis_name",
-        )
 
 
 def _per_place(keys: dict[str, Any], axis_name: AxisName | None) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from jaxtyping import Array, Int, Key, UInt32
 
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
-B_contra = TypeVar("B_contra", contravariant=True)
 C = TypeVar("C")
 OutT = TypeVar("OutT")
 BatchT = TypeVar("BatchT")
@@ -84,19 +83,26 @@ class ApplyFn(Protocol):
 StatefulT = TypeVar("StatefulT", bound=Callable[Concatenate[Any, Any, ...], tuple[Any, Any]])
 """Bounds what combinators take and give back unchanged, so that a model's own signature survives a stack of them."""
 
-LossFn: TypeAlias = Callable[[Params, State, BatchT], tuple[OutT, Tree]]
-Step: TypeAlias = Callable[[C, BatchT], tuple[C, OutT]]
+StepT = TypeVar("StepT", bound=Callable[Concatenate[Any, Any, ...], tuple[Any, Any]])
+"""Bounds the steps that a combinator takes and gives back unchanged."""
+
+LossFn: TypeAlias = Callable[Concatenate[Params, State, BatchT, P], tuple[OutT, Tree]]
+"""A stateful function whose `out` is a loss, or `(loss, aux)`."""
+GradFn: TypeAlias = Callable[Concatenate[Any, Tree, BatchT, P], tuple[tuple[OutT, Params], State]]
+"""A stateful function whose `out` is `(value, grads)`."""
+Step: TypeAlias = Callable[Concatenate[C, BatchT, P], tuple[C, OutT]]
+"""A step: `(carry, batch, *args, **kwargs) -> (carry, out)`."""
 
 
-class JittedStep(Protocol[C, B_contra, R_co]):
+class JittedStep(Protocol[P, R_co]):
     """A compiled step: the object that `jax.jit` returns, with the step's own types."""
 
-    def __call__(self, carry: C, batch: B_contra, /) -> tuple[C, R_co]: ...
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
-    def lower(self, carry: C, batch: B_contra, /) -> jax.stages.Lowered: ...
+    def lower(self, *args: P.args, **kwargs: P.kwargs) -> jax.stages.Lowered: ...
 
-    def trace(self, carry: C, batch: B_contra, /) -> jax.stages.Traced: ...
+    def trace(self, *args: P.args, **kwargs: P.kwargs) -> jax.stages.Traced: ...
 
-    def eval_shape(self, carry: C, batch: B_contra, /) -> Any: ...
+    def eval_shape(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
 
     def clear_cache(self) -> None: ...

@@ -7,10 +7,11 @@ from typing import Any, cast
 import jax
 from jax.custom_batching import custom_vmap
 
-from ._checks import check_axis_name, check_count, check_form, check_function, checked, two_of
+from ._axes import check_axis_name, is_bound
+from ._checks import check_count, check_form, check_function, checked, two_of
 from ._describe import describe, differences, keyed_leaves, shorten, wraps
 from ._errors import CollectionError, SignatureError, StateDriftError, UnsyncedStateError
-from ._rngs import draw, is_bound, split_key
+from ._rngs import draw, split_key
 from ._split import check_halves
 from ._types import Axes, State, StatefulT, Tree
 

@@ -1,0 +1,84 @@
+"""Named axes: of an enclosing `shard_map`, `vmap` or `pmap`, over which gradients are averaged and keys drawn."""
+
+from typing import Any, TypeVar, cast
+
+import jax
+
+from ._describe import keyed_leaves
+from ._refusals.options import AXIS_NAME
+from ._refusals.run import UNBOUND
+from ._types import AxisName
+
+T = TypeVar("T")
+
+
+def names_of(axis_name: AxisName | None) -> tuple[str, ...]:
+    """The name of an axis, or names, as names."""
+    return (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+
+
+def check_axis_name(where: str, option: str, axis_name: Any) -> None:
+    """Fails where the name of an axis, or names, are due."""
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    fits = isinstance(names, tuple) and bool(names) and all(isinstance(name, str) for name in names)
+    AXIS_NAME.unless(fits, where=where, **{option: axis_name}, option=option)
+
+
+def check_bound(where: str, axis_name: AxisName) -> None:
+    """Fails where an axis that is to be averaged or drawn over is none."""
+    check_axis_name(where, "axis_name", axis_name)
+    unbound = (name for name in names_of(axis_name) if not is_bound(name))
+    UNBOUND.if_any((f"axis_name: {name!r} is not bound here" for name in unbound), where=where)
+
+
+def is_bound(axis_name: AxisName) -> bool:
+    """Looks a name up without an instruction: `psum` of a Python number is its count."""
+    try:
+        jax.lax.psum(1, axis_name)
+    except (NameError, KeyError, AssertionError):  # which of them depends on the version, and on what encloses the call
+        return False
+    return True
+
+
+def averaged(tree: T, axis_name: AxisName | None) -> T:
+    """The mean over the axis, if there is one."""
+    return tree if axis_name is None else cast(T, jax.lax.pmean(tree, axis_name))
+
+
+def varying(tree: T, axis_name: AxisName | None) -> T:
+    """Marks a tree as each device's own; else `shard_map` sums its gradients, and a mean would come too late.
+
+    The axes of `vmap` and `pmap` have no such marks: there nothing is summed by itself.
+    """
+    names = names_of(axis_name)
+    manual = getattr(jax.sharding.get_abstract_mesh(), "manual_axes", names)
+
+    def mark(leaf: Any) -> Any:
+        missing = tuple(name for name in names if name in manual and name not in _marks(leaf))
+        return _pcast(leaf, missing) if missing else leaf
+
+    return cast(T, jax.tree.map(mark, tree))
+
+
+def unsynced(before: Any, after: Any, axis_name: AxisName | None) -> list[str]:
+    """Lists the leaves that came in the same on every device of an axis and would come out different.
+
+    JAX says only that an `out_specs` is wrong, and advises `check_vma=False`: each device would keep its own, unseen.
+    """
+    names = set(names_of(axis_name))
+    if not names:
+        return []
+    old = keyed_leaves(before, "state")
+    return [path for path, leaf in keyed_leaves(after, "state").items() if names & _marks(leaf) - _marks(old[path])]
+
+
+def _marks(leaf: Any) -> frozenset[Any]:
+    """The mesh axes along which `shard_map` has a leaf vary, by the older or the newer name of JAX."""
+    kind: Any = jax.typeof(leaf)
+    marks: frozenset[Any] = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+    return marks
+
+
+def _pcast(leaf: Any, names: tuple[str, ...]) -> Any:
+    lax: Any = jax.lax
+    return lax.pcast(leaf, names, to="varying") if hasattr(lax, "pcast") else lax.pvary(leaf, names)  # jax < 0.8

@@ -1,0 +1,18 @@
+"""What a step returns has the form of what it took, or it would compile twice."""
+
+from typing import Any
+
+import jax
+
+from ._describe import alike, strong
+from ._refusals.carry import DRIFT
+
+
+def check_drift(where: str, name: str, before: Any, after: Any) -> Any:
+    """Gives `after` without weak types, if it has the structure, shapes and dtypes of `before`; else names each leaf.
+
+    Costs a comparison per leaf while tracing. The words are looked for only once something differs.
+    """
+    after = jax.tree.map(strong, after)
+    DRIFT.unless(alike(before, after), where, name, before, after)
+    return after

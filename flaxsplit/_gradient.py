@@ -1,0 +1,206 @@
+"""From a loss function to its gradients: a stateful function again, so that every combinator takes it."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._axes import averaged, check_bound, unsynced, varying
+from ._checks import check_count, checked, is_function, is_inexact
+from ._describe import describe, is_array, keyed_leaves, wraps
+from ._drift import check_drift
+from ._refusals.improve import HALVES, INDIVISIBLE, LOSS_FN, MISRETURNED, NOT_DIFFERENTIABLE, OVERWRITE, UNSYNCED
+from ._types import AxisName, Carry, GradFn, LossFn, State, Tree
+
+if TYPE_CHECKING:
+    import typing_extensions  # typing itself takes a default from Python 3.13 on
+
+    # What a lambda leaves open is then Any to mypy, and not Never, which no batch is.
+    BatchT = typing_extensions.TypeVar("BatchT", default=Any)
+    AuxT = typing_extensions.TypeVar("AuxT", default=Any)
+    P = typing_extensions.ParamSpec("P", default=...)
+else:
+    BatchT, AuxT, P = TypeVar("BatchT"), TypeVar("AuxT"), ParamSpec("P")
+
+OVERWRITTEN = "_overwrite_with_gradient"
+"""The collection whose gradient is its next value, as Flax and others name it: scales and amax histories of fp8."""
+
+
+@overload
+def value_and_grad(
+    loss_fn: LossFn[BatchT, P, tuple[Float[Array, ""], AuxT]],
+    *,
+    has_aux: Literal[True],
+    microbatches: int = 1,
+    axis_name: AxisName | None = None,
+    overwrite: str = ...,
+) -> GradFn[BatchT, P, tuple[Float[Array, ""], AuxT]]: ...
+@overload
+def value_and_grad(
+    loss_fn: LossFn[BatchT, P, Float[Array, ""]],
+    *,
+    has_aux: Literal[False] = False,
+    microbatches: int = 1,
+    axis_name: AxisName | None = None,
+    overwrite: str = ...,
+) -> GradFn[BatchT, P, Float[Array, ""]]: ...
+@checked
+def value_and_grad(
+    loss_fn: Any,
+    *,
+    has_aux: bool = False,
+    microbatches: int = 1,
+    axis_name: AxisName | None = None,
+    overwrite: str = OVERWRITTEN,
+) -> Any:
+    """Turns a loss function into a gradient function: `(params, state, batch) -> ((loss, grads), new_state)`.
+
+    Law: equals `jax.value_and_grad(loss_fn, has_aux=True)`, with the results in the order of a stateful function, so
+    that `vmap_stateful` (per-example gradients), `with_rngs` and every other combinator take it.
+
+    >>> import jax.numpy as jnp, flaxsplit as fs
+    >>> def loss_fn(params, state, batch):
+    ...     return jnp.sum((params["w"] - batch) ** 2), state
+    >>> (loss, grads), state = fs.value_and_grad(loss_fn)({"w": jnp.ones(3)}, {}, jnp.zeros(3))
+    >>> float(loss), grads["w"]
+    (3.0, Array([2., 2., 2.], dtype=float32))
+
+    Args:
+        loss_fn: `(params, state, batch, *args, **kwargs) -> (loss, new_state)`, the loss a real scalar.
+        has_aux: whether `loss_fn` returns `((loss, aux), new_state)`; the value is then `(loss, aux)`.
+        microbatches: accumulates the mean gradient over so many parts of the batch, one after another, threading the
+            state. Part `i` of `n` has the rows `i, i + n, i + 2n, ...`, so that on a mesh each device keeps its own.
+            Losses are averaged; `aux` comes out stacked, as from `jax.lax.scan`. Further arguments are not split.
+        axis_name: averages value and gradients over this axis of an enclosing `shard_map`, `pmap` or `vmap`.
+        overwrite: a collection of the state whose gradient is its new value: the scales and amax histories of fp8. It
+            is differentiated with the params, and joined over microbatches and devices by the elementwise maximum.
+
+    Returns:
+        A stateful function whose `out` is `(value, grads)`; `grads` is a tree like `params`.
+
+    Raises:
+        SignatureError: `loss_fn` returns something else, a param is not differentiable, the batch is indivisible, or
+            `axis_name` is not bound.
+        StateDriftError: the state would come out in another structure, shape or dtype.
+        UnsyncedStateError: under `shard_map` a state leaf would come out different per device of `axis_name`.
+
+    As `jax.value_and_grad`, but it threads the state.
+    """
+    LOSS_FN.unless(is_function(loss_fn), loss_fn=loss_fn)
+    OVERWRITE.unless(isinstance(overwrite, str), overwrite=overwrite)
+    check_count("value_and_grad(loss_fn, microbatches=...)", microbatches)
+    objective = _objective(loss_fn, has_aux, axis_name)
+
+    @wraps(loss_fn)
+    def grad_fn(params: Any, state: Tree, batch: Any, *args: Any, **kwargs: Any) -> tuple[Any, State]:
+        _check_call(params, state, axis_name)
+        # differentiated per device, so that the mean below is the only reduction
+        learned = varying((params, {name: state[name] for name in (overwrite,) if name in state}), axis_name)
+
+        def gradient(_state: Tree, _batch: Any) -> tuple[Any, Any]:
+            return jax.value_and_grad(objective, has_aux=True)(learned, _state, _batch, *args, **kwargs)
+
+        over_batch = gradient if microbatches == 1 else _accumulated(gradient, learned, microbatches, axis_name)
+        (loss, (aux, new_state)), (grads, overwritten) = over_batch(state, batch)
+        loss, grads = averaged((loss, grads), axis_name)
+        overwritten = overwritten if axis_name is None else jax.lax.pmax(overwritten, axis_name)
+        return (((loss, aux) if has_aux else loss), grads), {**new_state, **overwritten}
+
+    return grad_fn
+
+
+def mean_loss(loss_fn: Any, has_aux: bool, microbatches: int, axis_name: AxisName | None) -> Callable[..., Any]:
+    """The loss of the gradient function alone, without a gradient: what a line search evaluates."""
+    objective = _objective(loss_fn, has_aux, axis_name)
+
+    def loss_of(params: Any, state: Tree, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        def body(_state: Tree, _batch: Any) -> tuple[Any, Any]:
+            _loss, (_, _new_state) = objective((params, {}), _state, _batch, *args, **kwargs)
+            return _new_state, _loss
+
+        if microbatches == 1:
+            return averaged(body(state, batch)[1], axis_name)
+        return averaged(jnp.mean(jax.lax.scan(body, state, _split(batch, microbatches))[1]), axis_name)
+
+    return loss_of
+
+
+def _objective(loss_fn: Any, has_aux: bool, axis_name: AxisName | None) -> Callable[..., tuple[Any, Any]]:
+    """The loss function as `jax.value_and_grad` takes it, checked: `(learned, state, ...) -> (loss, (aux, state))`."""
+
+    def objective(learned: tuple[Any, Any], state: Tree, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        params, overwritten = learned
+        result = loss_fn(params, {**state, **overwritten}, *args, **kwargs)
+        MISRETURNED.unless(_is_returned(result, has_aux), result, has_aux)
+        out, new_state = result
+        new_state = check_drift("value_and_grad(loss_fn)", "state", state, new_state)
+        differ = (f"{path}: differs per device" for path in unsynced(state, new_state, axis_name))
+        UNSYNCED.if_any(differ, axis=repr(axis_name))
+        loss, aux = out if has_aux else (out, ())
+        return loss, (aux, new_state)
+
+    return objective
+
+
+def _accumulated(
+    gradient: Any, learned: tuple[Any, Any], count: int, axis_name: AxisName | None
+) -> Callable[..., tuple[Any, Any]]:
+    """`gradient` over each microbatch in turn, the state threaded, as one result of its form.
+
+    Gradients are summed in at least f32, so that many small bf16 gradients are not lost in their sum.
+    """
+    params, overwritten = learned
+
+    def over_batch(state: Tree, batch: Any) -> tuple[Any, Any]:
+        def body(_sums: Any, _batch: Any) -> tuple[Any, Any]:
+            _total, _most, _state = _sums
+            (_loss, (_aux, _state)), (_grads, _new) = gradient(_state, _batch)
+            _joined = jax.tree.map(jnp.add, _total, _grads), jax.tree.map(jnp.maximum, _most, _new)
+            return (*_joined, _state), (_loss, _aux)
+
+        zeros = varying((jax.tree.map(_zeros, params), jax.tree.map(jnp.zeros_like, overwritten)), axis_name)
+        (total, most, new_state), (losses, aux) = jax.lax.scan(body, (*zeros, state), _split(batch, count))
+        grads = jax.tree.map(lambda sum_, param: (sum_ / count).astype(param.dtype), total, params)
+        return (jnp.mean(losses), (aux, new_state)), (grads, most)
+
+    return over_batch
+
+
+def _zeros(leaf: Any) -> Any:
+    return jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def _split(batch: Any, count: int) -> Any:
+    """Part `i` of `n` gets the rows `i, i + n, ...`: in blocks, it would lie on one n-th of the devices of a mesh."""
+    INDIVISIBLE.if_any(_indivisible(batch, count), count=count)
+    parts = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:]), batch)
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), parts)
+
+
+def _indivisible(batch: Any, count: int) -> list[str]:
+    leaves = keyed_leaves(batch, "batch")
+    fits = {path: is_array(leaf) and leaf.shape and not leaf.shape[0] % count for path, leaf in leaves.items()}
+    strange = [f"{path}: {describe(leaf)}" for path, leaf in leaves.items() if not fits[path]]
+    return strange if leaves else ["no leaf in the batch"]
+
+
+def _check_call(params: Any, state: Any, axis_name: AxisName | None) -> None:
+    HALVES.unless(isinstance(state, Mapping) and not isinstance(params, Carry), params=params, state=state)
+    NOT_DIFFERENTIABLE.unless_all(is_inexact, params, "params", say=describe)
+    if axis_name is not None:
+        check_bound("value_and_grad(axis_name=...)", axis_name)
+
+
+def _is_returned(result: Any, has_aux: bool) -> bool:
+    if not isinstance(result, tuple) or len(result) != 2:
+        return False
+    out = result[0]
+    if not has_aux:
+        return _is_real_scalar(out)
+    return isinstance(out, tuple) and len(out) == 2 and _is_real_scalar(out[0])
+
+
+def _is_real_scalar(loss: Any) -> bool:
+    return is_array(loss) and loss.shape == () and bool(jnp.issubdtype(loss.dtype, jnp.floating))

@@ -1,0 +1,131 @@
+"""Refusals of what makes, keeps and restores a carry."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax.core import freeze
+
+from flaxsplit._describe import Difference, differences, place_of, strong
+from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError, StateDriftError
+
+_INIT = "init_carry(params, state, tx)"
+_ADOPT = "adopt_carry(restored, like)"
+
+# ---- where leaves live
+
+UNEQUAL = Refusal(
+    SignatureError,
+    "$where",
+    "leaves that are not on the mesh yet must be the same in every process",
+    "each process drew its own key, or read its own file",
+    "the same jax.random.key(seed) in every process; their batches may differ",
+)
+
+# ---- init_carry
+
+NOT_GIVEN = Refusal(
+    SignatureError,
+    _INIT,
+    "every leaf must be an array or a number",
+    "a function, a string, an abstract value, a donated array or another object is in the tree",
+    "keep what does not change in the closure of the step; for an abstract carry, jax.eval_shape of init_carry",
+)
+SHARDING = Refusal(
+    SignatureError,
+    "init_carry(sharding=...)",
+    "sharding must be one of JAX's shardings",
+    "a mesh or a PartitionSpec alone, or a tree of shardings",
+    "init_carry(params, state, tx, sharding=NamedSharding(mesh, PartitionSpec()))",
+)
+
+
+@Guess
+def UNINITIALIZED(error: Exception, tx: Any, params: Any) -> Explained:  # noqa: N802 (a row as the others are)
+    """An error of `tx.init`: ours, where it would have taken a FrozenDict; else its own."""
+    try:
+        jax.eval_shape(tx.init, freeze(params))
+    except Exception:
+        raise error from None
+    return SignatureError(
+        _INIT,
+        "tx must take params that are plain dicts",
+        ["tx.init takes these params as a FrozenDict, and not as a dict"],
+        "its mask or labels were made from a FrozenDict of params, and a carry holds plain dicts",
+        "flax.core.unfreeze(labels) in optax.multi_transform(transforms, labels), or of the mask in optax.masked",
+    )
+
+
+@Guess
+def APART(placements: Mapping[str, Any]) -> Explained:  # noqa: N802 (a row as the others are)
+    """Leaves on different meshes or devices."""
+    return SignatureError(
+        _INIT,
+        "all leaves must live on one mesh or one device",
+        [f"{path}: {place_of(placement)}" for path, placement in placements.items()],
+        "params and state were placed apart",
+        "jax.device_put((params, state), sharding) before init_carry",
+    )
+
+
+# ---- adopt_carry
+
+LIKE = Refusal(
+    SignatureError,
+    _ADOPT,
+    "every leaf of like must say its shape and dtype",
+    "restored and like were swapped, or like is no carry",
+    "adopt_carry(restored, init_carry(params, state, tx))",
+)
+UNADOPTED = Refusal(
+    CollectionError,
+    _ADOPT,
+    "every leaf must have the shape and dtype that it has in like (like -> restored)",
+    "the checkpoint is of another model or optimizer",
+    "adopt_carry(restored, init_carry(params, state, tx)) with the model and tx that were saved",
+)
+
+# ---- drift: a carry that would come out in another form
+
+
+@Guess
+def DRIFT(where: str, name: str, before: Any, after: Any) -> Explained:  # noqa: N802
+    """What comes out is not of the form of what went in."""
+    changed = differences(jax.tree.map(strong, before), after, name)
+    return StateDriftError(
+        where,
+        "what comes out must have the structure, shapes and dtypes of what went in",
+        [str(each) for each in changed],
+        *_cause_and_fix(name, changed),
+    )
+
+
+def _kind_of(changed: list[Difference]) -> str:
+    sides = [(each.before.split("["), each.after.split("[")) for each in changed]
+    if any(len(side) != 2 for pair in sides for side in pair):
+        return "structure"
+    return "shape" if any(before[1] != after[1] for before, after in sides) else "dtype"
+
+
+def _cause_and_fix(name: str, changed: list[Difference]) -> tuple[str, str]:
+    if name in ("params", "opt_state"):
+        return f"tx gives {name} another form than it took", "init_carry(params, state, tx) with the tx of the step"
+    kind = _kind_of(changed)
+    if kind == "structure" and [each.path for each in changed] == [name]:
+        return "something else was returned where the new state is due: (loss, aux), new_state needs has_aux=True", (
+            "return loss, new_state" if name == "state" else "return carry, out"
+        )
+    return {
+        "structure": (
+            "leaves come or go: a sown collection in the state, a cache made late, a collection not returned",
+            "with_mutable(model, capture='intermediates') for sown values; return out, {**state, ...}",
+        ),
+        "shape": (
+            "the first update gives the state its final shape (keepdims=True?), or a batch axis stayed in",
+            "state = settle_state(fn, params, state, x), before init_carry",
+        ),
+        "dtype": (
+            "the state is computed in another precision than it is kept in",
+            "cast in fn, new.astype(old.dtype), or state = settle_state(fn, params, state, x)",
+        ),
+    }[kind]

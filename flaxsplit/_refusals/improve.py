@@ -1,0 +1,214 @@
+"""Refusals of what turns a loss into a step: gradients, updates, averages, scans, compilation."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flaxsplit._describe import describe, differences, form_of, is_array, keyed_leaves
+from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError, UnsyncedStateError
+from flaxsplit._types import Carry
+
+from .options import form, function
+
+_GRADIENT = "value_and_grad(loss_fn)"
+_UPDATE = "apply_gradients(tx, carry, grads, new_state)"
+_STEP = "step(carry, batch)"
+
+# ---- value_and_grad
+
+LOSS_FN = function(_GRADIENT, "loss_fn", "def loss_fn(params, state, batch): ...; return loss, new_state")
+OVERWRITE = form(
+    "value_and_grad(overwrite=...)",
+    "overwrite must be the name of a collection",
+    "value_and_grad(loss_fn, overwrite='fp8_metas')",
+)
+HALVES = Refusal(
+    SignatureError,
+    _GRADIENT,
+    "params and state come first, and state is a mapping",
+    "the carry was passed whole, or an argument was forgotten",
+    "grad_fn(carry.params, carry.state, batch)",
+)
+NOT_DIFFERENTIABLE = Refusal(
+    SignatureError,
+    _GRADIENT,
+    "every param must be differentiable: of a floating or complex dtype",
+    "counters or keys were split off as params",
+    "split_params(variables, trainable=lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.inexact))",
+)
+INDIVISIBLE = Refusal(
+    SignatureError,
+    "value_and_grad(loss_fn, microbatches=...)",
+    "the leading axis of every batch leaf must be divisible by $count",
+    "a ragged last batch, or a leaf without a batch axis: a key or a number that every microbatch shares",
+    "drop or pad the last batch, or choose microbatches that divide it; pass what is shared after the batch: "
+    "step(carry, batch, key)",
+)
+UNSYNCED = Refusal(
+    UnsyncedStateError,
+    "value_and_grad(axis_name=...)",
+    "state must come out the same on every device of the axis $axis",
+    "a layer that updates its state has no axis_name, or lacks this one",
+    "nn.BatchNorm(..., axis_name=$axis); or jax.lax.pmean(leaf, $axis) in loss_fn",
+)
+
+
+@Guess
+def MISRETURNED(result: Any, has_aux: bool) -> Explained:  # noqa: N802 (a row as the others are)
+    """What a loss function returned, which is no loss with a new state."""
+    form = "return (loss, aux), new_state" if has_aux else "return loss, new_state"
+    if not isinstance(result, tuple) or len(result) != 2:
+        if isinstance(result, tuple) and len(result) > 2:
+            cause, form = "aux is beside the loss, not with it", "return (loss, aux), new_state, and has_aux=True"
+        else:
+            cause = "the new state was not returned"
+        return _misreturned("two things", form_of(result), cause, form)
+    out = result[0]
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        required = "((loss, aux), new_state) where has_aux=True"
+        return _misreturned(required, f"out: {form_of(out)}", "aux is missing", form)
+    loss = out[0] if has_aux else out
+    if not has_aux and isinstance(loss, tuple):
+        cause, fix = "loss_fn returns aux as well", "value_and_grad(loss_fn, has_aux=True), or with_optimizer likewise"
+        return _misreturned("a scalar loss first", f"out: {form_of(loss)}", cause, fix)
+    cause, instead = _unlike_a_loss(loss)
+    return _misreturned("a real scalar loss, f32[]", f"loss: {form_of(loss)}", cause, form.replace("loss", instead, 1))
+
+
+def _misreturned(required: str, came: str, cause: str, fix: str) -> Explained:
+    return SignatureError(_GRADIENT, f"loss_fn must return {required}", [came], cause, fix)
+
+
+def _unlike_a_loss(loss: Any) -> tuple[str, str]:
+    if isinstance(loss, Mapping):
+        return "loss and state were swapped", "loss"
+    if not is_array(loss):
+        return "a Python object has no gradient", "jnp.mean(per_example)"
+    if jnp.issubdtype(loss.dtype, jnp.complexfloating):
+        return "the loss is complex", "jnp.abs(loss).mean()"
+    if loss.shape == ():
+        return "a count or a truth value has no gradient", "jnp.mean(per_example)"
+    return "the loss was not reduced to one number", "loss.mean()"
+
+
+# ---- apply_gradients, with_optimizer
+
+NO_CARRY = Refusal(
+    SignatureError,
+    _STEP,
+    "the first argument must be a Carry",
+    "params were passed, or what a checkpoint gave back was not adopted",
+    "init_carry(params, state, tx), or adopt_carry(restored, carry)",
+)
+NOT_NUMERIC = Refusal(
+    SignatureError,
+    _STEP,
+    "every leaf of the carry must be an array or a number",
+    "the carry was put together by hand",
+    "init_carry(params, state, tx)",
+)
+NO_COUNT = Refusal(
+    SignatureError,
+    _STEP,
+    "carry.step must be the count of updates, i32[]",
+    "the carry was put together by hand",
+    "init_carry(params, state, tx)",
+)
+GRADS = Refusal(
+    SignatureError,
+    _UPDATE,
+    "grads must have the structure and shapes of carry.params (params -> grads)",
+    "the value came with the gradients, or they are of other params",
+    "(loss, grads), state = value_and_grad(loss_fn)(carry.params, carry.state, batch)",
+)
+
+
+@Guess
+def OPT_STATE(error: Exception, tx: optax.GradientTransformation, carry: Carry) -> Explained:  # noqa: N802
+    """An error of the optimizer: ours, where the carry was made for another one; else its own."""
+    made = differences(jax.eval_shape(tx.init, carry.params), carry.opt_state, "carry.opt_state")
+    if not made:
+        raise error
+    return SignatureError(
+        _UPDATE,
+        "carry.opt_state must be what tx.init(params) gives (tx -> carry)",
+        [str(each) for each in made],
+        "the carry was made with another tx, or for other params",
+        "init_carry(params, state, tx) with the tx of the step",
+    )
+
+
+# ---- with_ema
+
+DECAY = Refusal(
+    SignatureError,
+    "with_ema(decay=...)",
+    "a number between 0 and 1, or a schedule",
+    "1 - decay was passed, or a percentage",
+    "with_ema(step, decay=0.999)",
+)
+OF = form("with_ema(of=...)", "of must be a function of the carry", "with_ema(step, of=lambda carry: carry.params)")
+EMA_STEP = function("with_ema(step, decay=...)", "step", "with_ema(with_optimizer(loss_fn, tx), decay=0.999)")
+
+
+def decay_of(decay: Any) -> str:
+    """Says a decay as it was written, if it is a number: it is no value of the user's data."""
+    return f"decay: {decay!r}" if isinstance(decay, int | float) else f"decay: {describe(decay)}"
+
+
+@Guess
+def EMA(averaged: Any, state: Any) -> Explained:  # noqa: N802
+    """An average of another structure than what it is of."""
+    changed = differences(averaged, state.get("ema", {}), "state['ema']")
+    return CollectionError(
+        "with_ema(step)",
+        "state['ema'] must have the structure of the params (params -> ema)",
+        [str(each) for each in changed],
+        "the average was not put into the state" if "ema" not in state else "it belongs to other params",
+        "init_carry(params, state | {'ema': params}, tx)",
+    )
+
+
+# ---- scan_steps, stack_batches, jit_step
+
+SCAN_STEP = function("scan_steps(step)", "step", "scan_steps(with_optimizer(loss_fn, tx))")
+LEADING = Refusal(
+    SignatureError,
+    "scan_steps(step)",
+    "every leaf of batches must have one leading axis, of one size: the steps",
+    "a single batch was passed, or batches were stacked apart",
+    "for batches in stack_batches(loader, 10): carry, outs = step(carry, batches)",
+)
+BATCHES = form("stack_batches(batches, size)", "batches must be an iterable of batches", "stack_batches(loader, 10)")
+JIT_STEP = function("jit_step(step)", "step", "jit_step(with_optimizer(loss_fn, tx))")
+LIKE = Refusal(
+    SignatureError,
+    "jit_step(like=...)",
+    "every leaf of like must say its sharding",
+    "abstract values without a sharding, NumPy arrays or numbers",
+    "jit_step(step, like=init_carry(params, state, tx))",
+)
+
+
+@Guess
+def UNLIKE(result: Any, like: Any) -> Explained:  # noqa: N802
+    """What a step returned, which has no carry like the one that was named."""
+    carry = result[0] if isinstance(result, tuple) and result else result
+    changed = differences(like, carry, "carry")
+    return SignatureError(
+        "jit_step(like=...)",
+        "the step must return a carry of the structure of like, alone or first in a tuple (like -> returned)",
+        [str(each) for each in changed],
+        "like is the carry of another step, or the step returns something else first",
+        "jit_step(step, like=carry), where the step returns (carry, out)",
+    )
+
+
+def leading(batches: Any) -> list[str]:
+    """Says every leaf of what was to be scanned."""
+    return [f"{path}: {describe(leaf)}" for path, leaf in keyed_leaves(batches, "batches").items()] or [
+        "no leaf in batches"
+    ]

@@ -1,0 +1,97 @@
+"""Many steps in one dispatch, and the batches for them."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._checks import check_count, checked, is_function, two_of
+from ._describe import abstract, is_array, wraps
+from ._drift import check_drift
+from ._refusals.improve import BATCHES, LEADING, SCAN_STEP, leading
+from ._types import StepT
+
+BatchT = TypeVar("BatchT")
+
+
+@checked
+def scan_steps(step: StepT, *, unroll: int = 1) -> StepT:
+    """Runs many steps in one dispatch: `(carry, batches) -> (carry, outs)` over a leading axis.
+
+    Law: equals calling `step` in a loop and stacking the outs. Equals `lambda c, b: jax.lax.scan(step, c, b)`.
+
+    >>> import jax.numpy as jnp, flaxsplit as fs
+    >>> fs.scan_steps(lambda carry, batch: (carry + batch, carry))(jnp.int32(0), jnp.arange(4))
+    (Array(6, dtype=int32), Array([0, 0, 1, 3], dtype=int32))
+
+    Args:
+        step: a step over any carry.
+        unroll: as in `jax.lax.scan`.
+
+    Returns:
+        A step over stacked batches; see `stack_batches`. Further arguments go to each step as they are.
+
+    Raises:
+        SignatureError: the batches' leading axes differ.
+        StateDriftError: the carry comes out in another structure, shape or dtype.
+    """
+    SCAN_STEP.unless(is_function(step), step=step)
+    if not isinstance(unroll, bool):
+        check_count("scan_steps(step, unroll=...)", unroll)
+
+    @wraps(step)
+    def scanned(carry: Any, batches: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        def body(_carry: Any, _batch: Any) -> tuple[Any, Any]:
+            _result = step(_carry, _batch, *args, **kwargs)
+            _new_carry, _out = two_of(_result, "scan_steps(step)", "step(carry, batch) -> (carry, out)")
+            return check_drift("scan_steps(step)", "carry", _carry, _new_carry), _out
+
+        LEADING.if_any(() if _have_one_axis(batches) else leading(batches))
+        return jax.lax.scan(body, carry, batches, unroll=unroll)
+
+    return cast(StepT, scanned)
+
+
+def _have_one_axis(batches: Any) -> bool:
+    sizes = {leaf.shape[0] if is_array(leaf) and leaf.shape else None for leaf in jax.tree.leaves(batches)}
+    return len(sizes) == 1 and None not in sizes
+
+
+@checked
+def stack_batches(batches: Iterable[BatchT], size: int) -> Iterator[BatchT]:
+    """Stacks batches from any iterable, `size` at a time, for `scan_steps`.
+
+    Law: `[b for stack in stack_batches(batches, n) for b in unstacked(stack)] == list(batches)`: none is lost.
+
+    >>> import numpy as np, flaxsplit as fs
+    >>> ragged = [np.zeros((4, 2)), np.zeros((4, 2)), np.zeros((4, 2)), np.zeros((1, 2))]
+    >>> [stack.shape for stack in fs.stack_batches(ragged, 2)]
+    [(2, 4, 2), (1, 4, 2), (1, 1, 2)]
+
+    Args:
+        batches: an iterable of batches; read lazily, so it may be endless.
+        size: how many to stack.
+
+    Yields:
+        Stacks of `size` batches; fewer at the end, and where the next batch has another shape (the ragged end).
+
+    Raises:
+        SignatureError: `batches` cannot be iterated, or is one batch; `size` is not a whole number of at least 1.
+    """
+    given: Any = batches
+    BATCHES.unless(isinstance(given, Iterable) and not isinstance(given, Mapping | str | type), batches=given)
+    check_count("stack_batches(batches, size=...)", size)
+    return _stacks(batches, size)
+
+
+def _stacks(batches: Iterable[Any], size: int) -> Iterator[Any]:
+    for _, same in itertools.groupby(batches, key=lambda batch: jax.tree.flatten(abstract(batch))):
+        while group := list(itertools.islice(same, size)):
+            yield jax.tree.map(_stacked, *group)
+
+
+def _stacked(*leaves: Any) -> Any:
+    return np.stack(leaves) if not any(isinstance(leaf, jax.Array) for leaf in leaves) else jnp.stack(leaves)
