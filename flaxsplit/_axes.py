@@ -1,5 +1,6 @@
 """Named axes: of an enclosing `shard_map`, `vmap` or `pmap`, over which gradients are averaged and keys drawn."""
 
+import math
 from typing import Any, TypeVar, cast
 
 import jax
@@ -82,3 +83,10 @@ def _marks(leaf: Any) -> frozenset[Any]:
 def _pcast(leaf: Any, names: tuple[str, ...]) -> Any:
     lax: Any = jax.lax
     return lax.pcast(leaf, names, to="varying") if hasattr(lax, "pcast") else lax.pvary(leaf, names)  # jax < 0.8
+
+
+def devices_along(leaf: Any) -> int:
+    """Over how many devices a leaf's first axis is spread, as far as its type says so: where mesh axes are Explicit."""
+    sharding: Any = getattr(jax.typeof(leaf), "sharding", None)
+    first = next(iter(getattr(sharding, "spec", ())), None)
+    return math.prod(sharding.mesh.shape[name] for name in names_of(first))

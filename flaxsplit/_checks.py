@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 
-from ._describe import kind_of
+from ._describe import is_numeric, kind_of
 from ._errors import Explained, SignatureError
 from ._refusals.options import COUNT, TWO, TX, form, function
 
@@ -34,7 +34,7 @@ def is_function(fn: Any) -> bool:
 
 def is_inexact(leaf: Any) -> bool:
     """Tells what has a gradient."""
-    return bool(jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact))
+    return is_numeric(leaf) and bool(jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact))
 
 
 def check_tx(where: str, tx: Any) -> None:

@@ -7,11 +7,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._axes import averaged, check_bound, unsynced, varying
+from ._axes import averaged, check_bound, devices_along, unsynced, varying
 from ._checks import check_count, checked, is_function, is_inexact
 from ._describe import describe, is_array, keyed_leaves, wraps
 from ._drift import check_drift
-from ._refusals.improve import HALVES, INDIVISIBLE, LOSS_FN, MISRETURNED, NOT_DIFFERENTIABLE, OVERWRITE, UNSYNCED
+from ._refusals.improve import (
+    HALVES,
+    INDIVISIBLE,
+    LOSS_FN,
+    MISRETURNED,
+    NOT_DIFFERENTIABLE,
+    OVERWRITE,
+    UNEVEN,
+    UNSYNCED,
+)
 from ._types import AxisName, Carry, GradFn, LossFn, State, Tree
 
 if TYPE_CHECKING:
@@ -120,9 +129,8 @@ def mean_loss(loss_fn: Any, has_aux: bool, microbatches: int, axis_name: AxisNam
             _loss, (_, _new_state) = objective((params, {}), _state, _batch, *args, **kwargs)
             return _new_state, _loss
 
-        if microbatches == 1:
-            return averaged(body(state, batch)[1], axis_name)
-        return averaged(jnp.mean(jax.lax.scan(body, state, _split(batch, microbatches))[1]), axis_name)
+        losses = body(state, batch)[1] if microbatches == 1 else _scan_parts(body, state, batch, microbatches)[1]
+        return averaged(losses if microbatches == 1 else jnp.mean(losses), axis_name)
 
     return loss_of
 
@@ -161,7 +169,7 @@ def _accumulated(
             return (*_joined, _state), (_loss, _aux)
 
         zeros = varying((jax.tree.map(_zeros, params), jax.tree.map(jnp.zeros_like, overwritten)), axis_name)
-        (total, most, new_state), (losses, aux) = jax.lax.scan(body, (*zeros, state), _split(batch, count))
+        (total, most, new_state), (losses, aux) = _scan_parts(body, (*zeros, state), batch, count)
         grads = jax.tree.map(lambda sum_, param: (sum_ / count).astype(param.dtype), total, params)
         return (jnp.mean(losses), (aux, new_state)), (grads, most)
 
@@ -172,11 +180,20 @@ def _zeros(leaf: Any) -> Any:
     return jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
 
 
-def _split(batch: Any, count: int) -> Any:
-    """Part `i` of `n` gets the rows `i, i + n, ...`: in blocks, it would lie on one n-th of the devices of a mesh."""
+def _scan_parts(body: Callable[[Any, Any], tuple[Any, Any]], start: Any, batch: Any, count: int) -> tuple[Any, Any]:
+    """`jax.lax.scan` over microbatches: part `i` of `n` has the rows `i, i + n, ...`.
+
+    In blocks of rows, a part would lie on one n-th of the devices of a mesh. Each part is sliced where it is used: a
+    batch put in another order would be a second batch in memory.
+    """
     INDIVISIBLE.if_any(_indivisible(batch, count), count=count)
+    UNEVEN.if_any(_uneven(batch, count), count=count)
     parts = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:]), batch)
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), parts)
+
+    def on_part(carry: Any, index: Any) -> tuple[Any, Any]:
+        return body(carry, jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 1, False), parts))
+
+    return jax.lax.scan(on_part, start, jnp.arange(count))
 
 
 def _indivisible(batch: Any, count: int) -> list[str]:
@@ -184,6 +201,16 @@ def _indivisible(batch: Any, count: int) -> list[str]:
     fits = {path: is_array(leaf) and leaf.shape and not leaf.shape[0] % count for path, leaf in leaves.items()}
     strange = [f"{path}: {describe(leaf)}" for path, leaf in leaves.items() if not fits[path]]
     return strange if leaves else ["no leaf in the batch"]
+
+
+def _uneven(batch: Any, count: int) -> list[str]:
+    """Where axes are Explicit the mesh is part of the type, and JAX splits no sharded axis into uneven parts."""
+    rows = {path: (leaf, devices_along(leaf)) for path, leaf in keyed_leaves(batch, "batch").items()}
+    return [
+        f"{path}: {describe(leaf)}, {len(leaf) // count} rows a microbatch on {devices} devices"
+        for path, (leaf, devices) in rows.items()
+        if len(leaf) // count % devices
+    ]
 
 
 def _check_call(params: Any, state: Any, axis_name: AxisName | None) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
-from jax.sharding import AxisType, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 
 from ._checks import checked, is_function
 from ._describe import is_array, is_numeric, same_structure, wraps
@@ -51,11 +51,8 @@ def jit_step(step: Callable[P, R], *, like: Any = None, donate: bool = True) -> 
     chosen = set(jax.tree.leaves(places))
     LIKE.unless_all(_is_placed_or_number if chosen else _is_placed, like, "like")
     only = chosen.pop() if len(chosen) == 1 else None
-    if isinstance(only, SingleDeviceSharding):
-        jitted: Any = jax.jit(step, donate_argnums=donated, in_shardings=only, out_shardings=only)
-    else:
-        jitted = jax.jit(_pinned(step, places), donate_argnums=donated)
-    return cast(JittedStep[P, R], jitted)
+    pinned: Any = {"in_shardings": only, "out_shardings": only} if isinstance(only, SingleDeviceSharding) else {}
+    return cast(JittedStep[P, R], jax.jit(_pinned(step, places), donate_argnums=donated, **pinned))
 
 
 def _is_placed(leaf: Any) -> bool:
@@ -90,8 +87,7 @@ def _put(carry: Any, places: Any) -> Any:
 
 def _constrained(leaf: Any, place: Any) -> Any:
     """`with_sharding_constraint` speaks of Auto axes of a mesh only, `reshard` of Explicit ones."""
-    if place is None:
+    if not isinstance(place, NamedSharding):
         return leaf
-    mesh = getattr(place, "mesh", None)
-    explicit = mesh is not None and AxisType.Explicit in mesh.axis_types
+    explicit = AxisType.Explicit in place.mesh.axis_types
     return jax.sharding.reshard(leaf, place) if explicit else jax.lax.with_sharding_constraint(leaf, place)

@@ -142,7 +142,9 @@ def with_optimizer(
     def step(carry: Carry, batch: Any, *args: Any, **kwargs: Any) -> tuple[Carry, Any]:
         check_carry(carry)
 
-        def value_fn(_params: Any, *_: Any, **__: Any) -> Any:
+        # a line search of optax fails on an extra argument that its value_fn does not name
+        def value_fn(_params: Any, grad_fn: Any = None, obj_fn: Any = None) -> Any:
+            del grad_fn, obj_fn
             return loss_of(_params, carry.state, batch, *args, **kwargs)
 
         def grad_fn(_params: Any, *_: Any) -> Any:

@@ -25,6 +25,8 @@ WRONG = {
     "vmap_stateful": "fs.vmap_stateful(fn, axis_size='8')",
     "settle_state": "fs.settle_state(3, {}, {})",
     "init_carry": "fs.init_carry([jnp.ones(2)], {}, tx)",
+    "value_and_grad": "fs.value_and_grad(loss_fn, has_aux='no')",
+    "apply_gradients": "fs.apply_gradients(tx, {}, {}, {})",
     "with_optimizer": "fs.with_optimizer(loss_fn, tx, has_aux='no')",
     "with_ema": "fs.with_ema('step', decay=0.9)",
     "scan_steps": "fs.scan_steps(step, unroll='2')",
@@ -44,6 +46,8 @@ RIGHT = {
     "vmap_stateful": "fs.vmap_stateful(fn, axis_size=8, in_axes=(0, None))",
     "settle_state": "fs.settle_state(fn, {}, {}, jnp.ones(2))",
     "init_carry": "fs.init_carry({'w': jnp.ones(2)}, {}, tx)",
+    "value_and_grad": "fs.value_and_grad(loss_fn, axis_name=('a', 'b'))",
+    "apply_gradients": "fs.apply_gradients(tx, fs.init_carry({}, {}, tx), {}, {}, value=0.0)",
     "with_optimizer": "fs.with_optimizer(jax.jit(loss_fn), tx, axis_name='batch')",
     "with_ema": "fs.with_ema(step, decay=lambda count: 0.9)",
     "scan_steps": "fs.scan_steps(jax.jit(step), unroll=2)",
@@ -94,7 +98,7 @@ def test_a_wrong_argument_to_every_public_function_is_rejected(checker: str) -> 
     assert rejected == sorted(WRONG.keys() - {"adopt_carry"})  # takes anything, and says itself what cannot be adopted
     ours = {"CollectionError", "SignatureError"}  # these come out where there is one: they name the leaf
     alone = {name: error for name, error in errors.items() if error not in ours}
-    assert alone == dict.fromkeys(["init_carry", "jit_step", "with_optimizer"], "TypeCheckError")
+    assert alone == dict.fromkeys(["init_carry", "jit_step", "value_and_grad", "with_optimizer"], "TypeCheckError")
 
 
 @pytest.mark.parametrize("checker", ["", "typeguard", "beartype"])

@@ -130,10 +130,9 @@ def step_by_hand(model: Model, stack: Stack, tx: Any) -> Any:
 
     def step(params: Any, state: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, Any, Any]:
         count = stack.microbatches
-        size = len(batch[1]) // count
         losses, grads = [], []
         for i in range(count):
-            x, y = (leaf[i * size : (i + 1) * size] for leaf in batch)
+            x, y = (leaf[i::count] for leaf in batch)
             (loss, state), grad = jax.value_and_grad(loss_fn, has_aux=True)(params, state, x, y)
             losses.append(loss)
             grads.append(grad)

@@ -236,6 +236,63 @@ def test_explicit_axis_types() -> None:
     assert_close((carry, loss), (single, expected), 1e-3)
 
 
+# microbatches: each device keeps its own rows
+
+
+def two_layers(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
+    """Two layers, so that rows stand in four of five products of matrices."""
+    x, y = batch
+    return ((jnp.tanh(x @ params["a"]) @ params["b"] - y) ** 2).mean(), state
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_each_device_computes_its_own_rows_of_a_microbatch(kind: Any, count: int) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    params = {"a": jnp.full((64, 512), 0.01), "b": jnp.full((512, 8), 0.01)}
+    batch = jax.device_put((jnp.ones((1024, 64)), jnp.ones((1024, 8))), on(mesh, "data"))
+    carry = fs.init_carry(params, {}, TX, sharding=on(mesh))
+    step = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(two_layers, TX, microbatches=count)), like=carry)
+    text = step.lower(carry, batch).compile().as_text() or ""
+    rows = [int(found) for found in re.findall(r"= f32\[(\d+),\d+\]\S* dot\(", text)]
+    assert sorted(rows) == sorted([1024 // 8 // count] * 3 + [8, 512])  # those of 8 and 512 are gradients
+    assert not re.search(r" (all-gather|all-to-all|collective-permute)\(", text)
+    assert len(re.findall(r" all-reduce\(", text)) == 1
+    for _ in range(3):
+        carry, _ = step(carry, batch)
+
+
+def test_blocks_of_rows_would_gather_the_batch() -> None:
+    """What the test above guards against: the split that first comes to mind."""
+
+    def in_blocks(params: Any, batch: Any) -> Any:
+        parts = jax.tree.map(lambda leaf: leaf.reshape(4, 256, -1), batch)
+        return jax.lax.scan(lambda _, part: ((), two_layers(params, {}, part)[0]), (), parts)[1].mean()
+
+    params = jax.device_put({"a": jnp.full((64, 512), 0.01), "b": jnp.full((512, 8), 0.01)}, on(LINE))
+    batch = jax.device_put((jnp.ones((1024, 64)), jnp.ones((1024, 8))), on(LINE, "data"))
+    text = jax.jit(jax.grad(in_blocks)).lower(params, batch).compile().as_text() or ""
+    rows = [int(found) for found in re.findall(r"= f32\[(\d+),\d+\]\S* dot\(", text)]
+    assert max(each for each in rows if each != 512) > 1024 // 8 // 4
+
+
+def test_rows_that_leave_a_device_without_some() -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(EXPLICIT,))
+    batch = jax.device_put((jnp.ones((32, 64)), jnp.ones((32, 8))), on(mesh, "data"))
+    carry = fs.init_carry({"a": jnp.ones((64, 4)), "b": jnp.ones((4, 8))}, {}, TX, sharding=on(mesh))
+    with pytest.raises(fs.SignatureError) as caught:
+        fs.jit_step(fs.with_optimizer(two_layers, TX, microbatches=8))(carry, batch)
+    assert str(caught.value) == (
+        "value_and_grad(loss_fn, microbatches=...): each of 8 microbatches must give every device of its mesh axes the "
+        "same number of rows\n"
+        "  got:\n"
+        "    batch[0]: f32[32@data,64], 4 rows a microbatch on 8 devices\n"
+        "    batch[1]: f32[32@data,8], 4 rows a microbatch on 8 devices\n"
+        "  likely cause: the batch is too small for so many microbatches on so many devices\n"
+        "  fix: a number of rows that 8 times the size of those axes divides, or fewer microbatches"
+    )
+
+
 # shard_map: the axis has a name, per-device BatchNorm is synced by it, gradients are averaged over it
 
 
@@ -273,17 +330,14 @@ def test_batch_norm_synced_under_shard_map(form: str, microbatches: int) -> None
     step = sharded_map(fs.with_ema(local, decay=0.9), check_vma=form == "batched")
     step.__name__ = "shard_map"
     carry = jax.tree.map(jnp.copy, jax.device_put(start, on(LINE)))
-    # microbatches of a device's part are other microbatches than those of the whole: reorder, so that they are the same
-    order = jnp.arange(32).reshape(8, microbatches, -1).swapaxes(0, 1).reshape(-1)
-    given, ordered = BATCH, jax.tree.map(lambda leaf: leaf[order], BATCH)
     jitted = fs.jit_step(step, like=carry)
     loss: Any = None
     with fs.compile_log() as log:
         for _ in range(20):
-            carry, loss = jitted(carry, jax.device_put(given, on(LINE, "data")))
+            carry, loss = jitted(carry, jax.device_put(BATCH, on(LINE, "data")))
     assert max(log.compiles.values()) == 1
     single, expected = run(
-        fs.with_ema(fs.with_optimizer(whole, SGD, microbatches=microbatches), decay=0.9), start, ordered, 20
+        fs.with_ema(fs.with_optimizer(whole, SGD, microbatches=microbatches), decay=0.9), start, BATCH, 20
     )
     assert_close((carry, loss), (single, expected), 2e-3)
 
@@ -381,7 +435,7 @@ def test_an_axis_that_does_not_exist() -> None:
     with pytest.raises(fs.SignatureError) as caught:
         jax.jit(sharded_map(step))(carry_on(LINE), BATCH)
     assert str(caught.value) == (
-        "with_optimizer(axis_name=...): the axis must be bound by an enclosing shard_map, vmap or pmap\n"
+        "value_and_grad(axis_name=...): the axis must be bound by an enclosing shard_map, vmap or pmap\n"
         "  got:\n"
         "    axis_name: 'dta' is not bound here\n"
         "  likely cause: the name is misspelt, or the call is in a plain jit, where the mesh needs no name\n"

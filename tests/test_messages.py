@@ -1091,7 +1091,7 @@ def test_state_drifts_in_shape() -> None:
     step = fs.with_optimizer(loss_fn, TX)
     error = fails(fs.StateDriftError, step, fs.init_carry(params, state, TX), X)
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx): what comes out must have the structure, shapes and dtypes of what went in
+    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what went in
       got:
         state['batch_stats']['mean']: f32[10] -> f32[1,10]
       likely cause: the first update gives the state its final shape (keepdims=True?), or a batch axis stayed in
@@ -1099,7 +1099,7 @@ def test_state_drifts_in_shape() -> None:
     """)
     error = fails(fs.StateDriftError, jax.jit(step), fs.init_carry(params, state, TX), X)
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx): what comes out must have the structure, shapes and dtypes of what went in
+    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what went in
       got:
         state['batch_stats']['mean']: f32[10] -> f32[1,10]
       likely cause: the first update gives the state its final shape (keepdims=True?), or a batch axis stayed in
@@ -1114,7 +1114,7 @@ def test_state_drifts_in_dtype() -> None:
     step = returning(lambda p, s, b: (jnp.sum(p["w"]), {"stats": {"mean": b.astype(jnp.bfloat16)}}))
     error = fails(fs.StateDriftError, step, one(stats={"mean": jnp.ones(3)}), jnp.ones(3))
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx): what comes out must have the structure, shapes and dtypes of what went in
+    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what went in
       got:
         state['stats']['mean']: f32[3] -> bf16[3]
       likely cause: the state is computed in another precision than it is kept in
@@ -1127,7 +1127,7 @@ def test_state_drifts_in_structure() -> None:
     step = returning(lambda p, s, b: (jnp.sum(p["w"]), {"stats": {"mean": b, "var": b}}))
     error = fails(fs.StateDriftError, step, one(stats={"mean": jnp.ones(3)}, cache={"i": X}), jnp.ones(3))
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx): what comes out must have the structure, shapes and dtypes of what went in
+    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what went in
       got:
         state['cache']['i']: f32[32,10] -> absent
         state['stats']['var']: absent -> f32[3]
@@ -1149,7 +1149,7 @@ def test_aux_where_the_state_is_due() -> None:
     step = returning(lambda p, s, b: (jnp.sum(p["w"]), (s, b)))
     error = fails(fs.StateDriftError, step, one(), X)
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx): what comes out must have the structure, shapes and dtypes of what went in
+    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what went in
       got:
         state: dict -> tuple
       likely cause: something else was returned where the new state is due: (loss, aux), new_state needs has_aux=True
@@ -1166,12 +1166,12 @@ def test_an_optimizer_that_drifts() -> None:
     carry = fs.init_carry({"w": jnp.ones(3)}, {}, tx)
     error = fails(fs.StateDriftError, fs.with_optimizer(squares, tx), carry, jnp.ones(3))
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx): what comes out must have the structure, shapes and dtypes of what went in
+    HEAD: what comes out must have the structure, shapes and dtypes of what went in
       got:
         opt_state['count']: f32[] -> f32[1]
       likely cause: tx gives opt_state another form than it took
       fix: init_carry(params, state, tx) with the tx of the step
-    """)
+    """).replace("HEAD", "apply_gradients(tx, carry, grads, new_state)")
 
 
 @needs_x32
@@ -1179,7 +1179,7 @@ def test_a_loss_that_is_not_a_scalar() -> None:
     step = returning(lambda p, s, b: ((p["w"] - b) ** 2, s))
     error = fails(fs.SignatureError, step, one(), jnp.ones(3))
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx): loss_fn must return a real scalar loss, f32[]
+    value_and_grad(loss_fn): loss_fn must return a real scalar loss, f32[]
       got:
         loss: f32[3]
       likely cause: the loss was not reduced to one number
@@ -1193,7 +1193,7 @@ def test_a_loss_that_is_complex() -> None:
     step = returning(lambda p, s, b: (jnp.sum(p["w"]) * 1j, s))
     error = fails(fs.SignatureError, step, one(), X)
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx): loss_fn must return a real scalar loss, f32[]
+    value_and_grad(loss_fn): loss_fn must return a real scalar loss, f32[]
       got:
         loss: c64[]
       likely cause: the loss is complex
@@ -1207,7 +1207,7 @@ def test_a_loss_that_counts() -> None:
     step = returning(lambda p, s, b: (jnp.sum(p["w"] > 0), s))
     error = fails(fs.SignatureError, step, one(), X)
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx): loss_fn must return a real scalar loss, f32[]
+    value_and_grad(loss_fn): loss_fn must return a real scalar loss, f32[]
       got:
         loss: i32[]
       likely cause: a count or a truth value has no gradient
@@ -1218,7 +1218,7 @@ def test_a_loss_that_counts() -> None:
 def test_a_loss_of_python() -> None:
     error = fails(fs.SignatureError, returning(lambda p, s, b: (1.5, s)), one(), X)
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx): loss_fn must return a real scalar loss, f32[]
+    value_and_grad(loss_fn): loss_fn must return a real scalar loss, f32[]
       got:
         loss: float
       likely cause: a Python object has no gradient
@@ -1229,7 +1229,7 @@ def test_a_loss_of_python() -> None:
 def test_loss_and_state_swapped() -> None:
     error = fails(fs.SignatureError, returning(lambda p, s, b: (s, jnp.sum(p["w"]))), one(), X)
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx): loss_fn must return a real scalar loss, f32[]
+    value_and_grad(loss_fn): loss_fn must return a real scalar loss, f32[]
       got:
         loss: dict
       likely cause: loss and state were swapped
@@ -1241,7 +1241,7 @@ def test_loss_and_state_swapped() -> None:
 def test_a_loss_without_state() -> None:
     error = fails(fs.SignatureError, returning(lambda p, s, b: jnp.sum(p["w"])), one(), X)
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx): loss_fn must return two things
+    value_and_grad(loss_fn): loss_fn must return two things
       got:
         f32[]
       likely cause: the new state was not returned
@@ -1252,7 +1252,7 @@ def test_a_loss_without_state() -> None:
 def test_three_results() -> None:
     error = fails(fs.SignatureError, returning(lambda p, s, b: (jnp.sum(p["w"]), b, s)), one(), X)
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx): loss_fn must return two things
+    value_and_grad(loss_fn): loss_fn must return two things
       got:
         a tuple of 3
       likely cause: aux is beside the loss, not with it
@@ -1264,11 +1264,11 @@ def test_aux_without_has_aux() -> None:
     step = returning(lambda p, s, b: ((jnp.sum(p["w"]), b), s))
     error = fails(fs.SignatureError, step, one(), X)
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx): loss_fn must return a scalar loss first
+    value_and_grad(loss_fn): loss_fn must return a scalar loss first
       got:
         out: a tuple of 2
       likely cause: loss_fn returns aux as well
-      fix: with_optimizer(loss_fn, tx, has_aux=True)
+      fix: value_and_grad(loss_fn, has_aux=True), or with_optimizer likewise
     """)
     fs.with_optimizer(lambda p, s, b: ((jnp.sum(p["w"]), b), s), TX, has_aux=True)(one(), X)
 
@@ -1278,7 +1278,7 @@ def test_has_aux_without_aux() -> None:
     step = fs.with_optimizer(squares, TX, has_aux=True)
     error = fails(fs.SignatureError, step, one(), jnp.ones(3))
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx): loss_fn must return ((loss, aux), new_state) where has_aux=True
+    value_and_grad(loss_fn): loss_fn must return ((loss, aux), new_state) where has_aux=True
       got:
         out: f32[]
       likely cause: aux is missing
@@ -1313,9 +1313,9 @@ def test_params_of_whole_numbers() -> None:
     carry = fs.init_carry(variables["params"], {}, TX)
     error = fails(fs.SignatureError, fs.with_optimizer(squares, TX), carry, jnp.ones(3))
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx): every param must be differentiable: of a floating or complex dtype
+    value_and_grad(loss_fn): every param must be differentiable: of a floating or complex dtype
       got:
-        carry.params['count']: i32[]
+        params['count']: i32[]
       likely cause: counters or keys were split off as params
       fix: split_params(variables, trainable=lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.inexact))
     """)
@@ -1326,7 +1326,7 @@ def test_params_of_whole_numbers() -> None:
 def test_the_carry_of_another_optimizer() -> None:
     error = fails(fs.SignatureError, fs.with_optimizer(squares, ADAM), one(), jnp.ones(3))
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx): carry.opt_state must be what tx.init(params) gives (tx -> carry)
+    apply_gradients(tx, carry, grads, new_state): carry.opt_state must be what tx.init(params) gives (tx -> carry)
       got:
         carry.opt_state[0]: ScaleByAdamState -> EmptyState
       likely cause: the carry was made with another tx, or for other params
@@ -1339,13 +1339,13 @@ def test_microbatches_that_do_not_divide_the_batch() -> None:
     step = fs.with_optimizer(squares, TX, microbatches=5)
     error = fails(fs.SignatureError, step, one(), {"x": X, "scale": jnp.float32(1), "n": 3, "y": Y[:30]})
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx, microbatches=...): the leading axis of every batch leaf must be divisible by 5
+    value_and_grad(loss_fn, microbatches=...): the leading axis of every batch leaf must be divisible by 5
       got:
         batch['n']: int
         batch['scale']: f32[]
         batch['x']: f32[32,10]
-      likely cause: a ragged last batch, or a leaf without a batch axis
-      fix: drop or pad the last batch, or choose microbatches that divide it
+      likely cause: a ragged last batch, or what every microbatch shares (a key, a number) is in the batch
+      fix: drop or pad the last batch, or pass what is shared after the batch: step(carry, batch, key)
     """)
 
 
@@ -1356,11 +1356,11 @@ def test_microbatches_that_do_not_divide_the_batch() -> None:
 def test_microbatches_of_another_kind(count: Any, came: str) -> None:
     error = fails(fs.SignatureError, fs.with_optimizer, squares, TX, microbatches=count)
     assert str(error) == whole("""
-    with_optimizer(loss_fn, tx, microbatches=...): a whole number of at least 1
+    value_and_grad(loss_fn, microbatches=...): a whole number of at least 1
       got:
         CAME
       likely cause: zero, a negative number, a fraction, or no number
-      fix: with_optimizer(loss_fn, tx, microbatches=4)
+      fix: value_and_grad(loss_fn, microbatches=4)
     """).replace("CAME", came)
 
 
@@ -1696,7 +1696,7 @@ ANY: Any = fs  # so that no type checker rejects before we do
         ),
         (
             lambda fn: ANY.with_optimizer(fn, TX),
-            "with_optimizer(loss_fn, tx)",
+            "value_and_grad(loss_fn)",
             "loss_fn",
             "def loss_fn(params, state, batch): ...; return loss, new_state",
         ),

@@ -83,7 +83,7 @@ def test_not_synced_over_the_mesh_the_leaf_is_named(microbatches: int) -> None:
     with pytest.raises(fs.UnsyncedStateError) as caught:
         statistics(None, False, microbatches)
     assert str(caught.value) == (
-        "with_optimizer(axis_name=...): state must come out the same on every device of the axis 'data'\n"
+        "value_and_grad(axis_name=...): state must come out the same on every device of the axis 'data'\n"
         "  got:\n"
         "    state['batch_stats']['BatchNorm_0']['mean']: differs per device\n"
         "    state['batch_stats']['BatchNorm_0']['var']: differs per device\n"

@@ -120,14 +120,14 @@ def test_each_microbatch_draws_its_own_keys() -> None:
         out, state = apply(params, state, x, train=True)
         return ((out**2).mean(), out), state
 
-    tx, same = optax.sgd(0.1), jnp.tile(X[:4], (2, 1))  # equal microbatches: what differs, differs by its masks
+    tx, same = optax.sgd(0.1), jnp.repeat(X[:4], 2, axis=0)  # equal microbatches: what differs, differs by its masks
     params, state = fs.split_params(Dropping().init(jax.random.key(0), X[0], train=False))
     state |= fs.rng_state(dropout=jax.random.key(1))
     carry = fs.init_carry(params, state, tx)
     new, (_, outs) = fs.with_optimizer(loss_with_masks, tx, has_aux=True, microbatches=2)(carry, same)
     assert (outs[0] != outs[1]).any()
-    (_, first), state = loss_with_masks(params, state, same[:4])
-    (_, second), state = loss_with_masks(params, state, same[4:])
+    (_, first), state = loss_with_masks(params, state, same[0::2])
+    (_, second), state = loss_with_masks(params, state, same[1::2])
     assert_close((outs[0], outs[1]), (first, second))
     assert_close(new.state["batch_stats"], state["batch_stats"])
     assert new.state["rngs"]["dropout"] == state["rngs"]["dropout"]

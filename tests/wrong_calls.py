@@ -123,6 +123,9 @@ def step_of(**options: Any) -> Any:
 
 APPLY = fs.with_mutable(Model())
 SAME: Any = lambda params, state, x: (x, state)  # noqa: E731 (a stateful function without a model)
+NO_PARAMS: Any = lambda params, state, batch: (jnp.float32(1), state)  # noqa: E731 (a loss of any params)
+GRAD_FN = fs.value_and_grad(NO_PARAMS)
+EMA: Any = lambda f: f.carry._replace(state={"ema": f.w})  # noqa: E731
 BATCH = jnp.zeros(3)
 
 # The argument that is wrong, and the call around it.
@@ -157,6 +160,17 @@ CALLS: dict[str, Callable[[Any, Fixed], Any]] = {
     "init_carry(params)": lambda wrong, f: fs.init_carry(wrong, {}, TX),
     "init_carry(state)": lambda wrong, f: fs.init_carry(f.w, {"c": wrong}, TX),
     "init_carry(tx)": lambda wrong, f: fs.init_carry(f.w, {}, wrong),
+    "init_carry(sharding=)": lambda wrong, f: fs.init_carry(f.w, {}, TX, sharding=wrong),
+    "value_and_grad(loss_fn)": lambda wrong, f: fs.value_and_grad(wrong)(f.w, {}, BATCH),
+    "value_and_grad(microbatches=)": lambda wrong, f: fs.value_and_grad(squares, microbatches=wrong)(f.w, {}, BATCH),
+    "value_and_grad(axis_name=)": lambda wrong, f: fs.value_and_grad(squares, axis_name=wrong)(f.w, {}, BATCH),
+    "value_and_grad(overwrite=)": lambda wrong, f: fs.value_and_grad(squares, overwrite=wrong)(f.w, {}, BATCH),
+    "grad_fn(params)": lambda wrong, f: GRAD_FN(wrong, {}, BATCH),
+    "grad_fn(state)": lambda wrong, f: GRAD_FN(f.w, wrong, BATCH),
+    "apply_gradients(tx)": lambda wrong, f: fs.apply_gradients(wrong, f.carry, f.w, f.carry.state),
+    "apply_gradients(carry)": lambda wrong, f: fs.apply_gradients(TX, wrong, f.w, {}),
+    "apply_gradients(grads)": lambda wrong, f: fs.apply_gradients(TX, f.carry, wrong, f.carry.state),
+    "apply_gradients(new_state)": lambda wrong, f: fs.apply_gradients(TX, f.carry, f.w, wrong),
     "with_optimizer(loss_fn)": lambda wrong, f: fs.with_optimizer(wrong, TX)(f.carry, BATCH),
     "with_optimizer(tx)": lambda wrong, f: fs.with_optimizer(squares, wrong)(f.carry, BATCH),
     "with_optimizer(microbatches=)": lambda wrong, f: step_of(microbatches=wrong)(f.carry, BATCH),
@@ -171,6 +185,8 @@ CALLS: dict[str, Callable[[Any, Fixed], Any]] = {
     "step(carry), its opt_state": lambda wrong, f: step_of()(f.carry._replace(opt_state=wrong), BATCH),
     "with_ema(step)": lambda wrong, f: fs.with_ema(wrong, decay=0.9)(f.carry, BATCH),
     "with_ema(decay=)": lambda wrong, f: fs.with_ema(step_of(), decay=wrong)(f.carry, BATCH),
+    "with_ema(of=)": lambda wrong, f: fs.with_ema(step_of(), decay=0.9, of=wrong)(EMA(f), BATCH),
+    "with_ema(every=)": lambda wrong, f: fs.with_ema(step_of(), decay=0.9, every=wrong)(EMA(f), BATCH),
     "with_ema(step)(carry), its ema": lambda wrong, f: fs.with_ema(step_of(), decay=0.9)(
         f.carry._replace(state={"ema": wrong}), BATCH
     ),
@@ -213,11 +229,17 @@ RIGHT: dict[str, set[str]] = {
     "vmap_stateful(spmd_axis_name=)": {"None", "a string"},
     "init_carry(params)": _TREES | {"None", "a number", "NaN", "a list", "an array"},  # optax takes any tree
     "init_carry(state)": _TREES | {"None", "a number", "NaN", "a list", "an array"},
+    "init_carry(sharding=)": {"None"},
+    "value_and_grad(axis_name=)": {"None"},
+    "value_and_grad(overwrite=)": {"a string"},
+    # as JAX: any tree of floats; this loss reads none of it
+    "grad_fn(params)": _TREES | {"None", "a number", "NaN", "an array", "a deleted buffer", "a leaked tracer"},
+    "grad_fn(state)": _TREES | _UNREAD,
     "with_optimizer(axis_name=)": {"None"},
     "with_ema(decay=)": {"a number"},
     "stack_batches(batches)": {"a list", "an array"},
     "jit_step(step)": {"a function"},  # of any form: it is called later
-    "jit_step(like=)": {"None", "an array"},
+    "jit_step(like=)": {"None"},
     "adopt_carry(restored), its params": {"an array on another device"},
     "assert_max_traces(fn)": {"a class", "a function"},
     "from_nnx(method=)": {"None", "a function"},
@@ -236,7 +258,8 @@ FOREIGN: dict[str, dict[str, str]] = {
     "adopt_carry(restored), its params": _LEAKED,
     "with_ema(step)(carry), its ema": _LEAKED
     | {"a deleted buffer": "builtins.RuntimeError", "an array on another device": "builtins.ValueError"},  # at an op
-    "jit_step(like=)": dict.fromkeys(_TREES - {"10,000 leaves"} | {"a deleted buffer"}, "builtins.ValueError"),
+    "apply_gradients(grads)": _LEAKED
+    | {"a deleted buffer": "builtins.RuntimeError", "an array on another device": "builtins.ValueError"},  # at an op
 }
 
 

@@ -43,9 +43,15 @@ INDIVISIBLE = Refusal(
     SignatureError,
     "value_and_grad(loss_fn, microbatches=...)",
     "the leading axis of every batch leaf must be divisible by $count",
-    "a ragged last batch, or a leaf without a batch axis: a key or a number that every microbatch shares",
-    "drop or pad the last batch, or choose microbatches that divide it; pass what is shared after the batch: "
-    "step(carry, batch, key)",
+    "a ragged last batch, or what every microbatch shares (a key, a number) is in the batch",
+    "drop or pad the last batch, or pass what is shared after the batch: step(carry, batch, key)",
+)
+UNEVEN = Refusal(
+    SignatureError,
+    "value_and_grad(loss_fn, microbatches=...)",
+    "each of $count microbatches must give every device of its mesh axes the same number of rows",
+    "the batch is too small for so many microbatches on so many devices",
+    "a number of rows that $count times the size of those axes divides, or fewer microbatches",
 )
 UNSYNCED = Refusal(
     UnsyncedStateError,
@@ -129,7 +135,7 @@ GRADS = Refusal(
 @Guess
 def OPT_STATE(error: Exception, tx: optax.GradientTransformation, carry: Carry) -> Explained:  # noqa: N802
     """An error of the optimizer: ours, where the carry was made for another one; else its own."""
-    made = differences(jax.eval_shape(tx.init, carry.params), carry.opt_state, "carry.opt_state")
+    made = differences(_strong(jax.eval_shape(tx.init, carry.params)), _strong(carry.opt_state), "carry.opt_state")
     if not made:
         raise error
     return SignatureError(
@@ -139,6 +145,11 @@ def OPT_STATE(error: Exception, tx: optax.GradientTransformation, carry: Carry) 
         "the carry was made with another tx, or for other params",
         "init_carry(params, state, tx) with the tx of the step",
     )
+
+
+def _strong(tree: Any) -> Any:
+    """A weak type in the optimizer's state is no difference: a carry has none."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)
 
 
 # ---- with_ema
