@@ -68,14 +68,27 @@ def test_every_public_docstring_has_an_example_and_what_comes_out(name: str) -> 
     assert "Returns:" in doc or "Yields:" in doc
 
 
+READING_ORDER = [
+    *("_types", "_describe", "_errors", "_refusals.options", "_refusals.run", "_refusals.carry", "_refusals.improve"),
+    *("_checks", "_axes", "_filters", "_split", "_mutable", "_rngs", "_vmap", "_settle"),
+    *("_place", "_drift", "_carry", "_adopt", "_gradient", "_update", "_ema", "_scan", "_jit", "_traces", "_nnx"),
+]
+
+
 def test_modules_import_only_from_those_before_them() -> None:
-    order = ["_types", "_describe", "_errors", "_checks", "_filters", "_split", "_mutable", "_rngs", "_vmap", "_settle"]
-    order += ["_place", "_carry", "_step", "_traces", "_nnx"]
-    assert sorted(p.stem for p in PACKAGE.glob("_*.py") if p.stem != "__init__") == sorted(order)
-    for i, name in enumerate(order):
-        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
-        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
-        assert imported <= set(order[:i]), name
+    modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("_*.py")}
+    modules |= {f"_refusals.{path.stem}": path for path in (PACKAGE / "_refusals").glob("[a-z]*.py")}
+    assert sorted(name for name in modules if not name.endswith("__init__")) == sorted(READING_ORDER)
+    for i, name in enumerate(READING_ORDER):
+        nodes = [node for node in ast.walk(ast.parse(modules[name].read_text())) if isinstance(node, ast.ImportFrom)]
+        beside = "_refusals." if name.startswith("_refusals.") else ""
+        imported = {beside + (node.module or "") for node in nodes if node.level == 1}
+        imported |= {(node.module or "").removeprefix("flaxsplit.") for node in nodes if _is_ours(node)}
+        assert imported <= set(READING_ORDER[:i]), name
+
+
+def _is_ours(node: ast.ImportFrom) -> bool:
+    return node.level == 0 and (node.module or "").startswith("flaxsplit.")
 
 
 def test_the_wheel_holds_the_package_and_nothing_beside_it() -> None:
