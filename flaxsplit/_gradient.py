@@ -21,7 +21,7 @@ from ._refusals.improve import (
     UNEVEN,
     UNSYNCED,
 )
-from ._types import AxisName, Carry, GradFn, LossFn, State, Tree
+from ._types import OVERWRITTEN, AxisName, Carry, GradFn, LossFn, State, Tree
 
 if TYPE_CHECKING:
     import typing_extensions  # typing itself takes a default from Python 3.13 on
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     P = typing_extensions.ParamSpec("P", default=...)
 else:
     BatchT, AuxT, P = TypeVar("BatchT"), TypeVar("AuxT"), ParamSpec("P")
-
-OVERWRITTEN = "_overwrite_with_gradient"
-"""The collection whose gradient is its next value, as Flax and others name it: scales and amax histories of fp8."""
 
 
 @overload
@@ -144,6 +141,7 @@ def _objective(loss_fn: Any, has_aux: bool, axis_name: AxisName | None) -> Calla
         MISRETURNED.unless(_is_returned(result, has_aux), result, has_aux)
         out, new_state = result
         new_state = check_drift("value_and_grad(loss_fn)", "state", state, new_state)
+        new_state = {**new_state, **{name: state[name] for name in overwritten}}  # the gradient is what comes next
         differ = (f"{path}: differs per device" for path in unsynced(state, new_state, axis_name))
         UNSYNCED.if_any(differ, axis=repr(axis_name))
         loss, aux = out if has_aux else (out, ())

@@ -19,6 +19,9 @@ C = TypeVar("C")
 OutT = TypeVar("OutT")
 BatchT = TypeVar("BatchT")
 
+OVERWRITTEN = "_overwrite_with_gradient"
+"""The collection whose gradient is its next value, as Flax and others name it: scales and amax histories of fp8."""
+
 Tree: TypeAlias = Mapping[str, Any]
 """A nested mapping of leaves. `Params` and `State`, which flaxsplit makes, are plain dicts."""
 if TYPE_CHECKING:
