@@ -138,7 +138,7 @@ def _objective(loss_fn: Any, has_aux: bool, axis_name: AxisName | None) -> Calla
     def objective(learned: tuple[Any, Any], state: Tree, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         params, overwritten = learned
         result = loss_fn(params, {**state, **overwritten}, *args, **kwargs)
-        MISRETURNED.unless(_is_returned(result, has_aux), result, has_aux)
+        MISRETURNED.unless(_is_returned(result, has_aux), result, has_aux, params)
         out, new_state = result
         new_state = check_drift("value_and_grad(loss_fn)", "state", state, new_state)
         new_state = {**new_state, **{name: state[name] for name in overwritten}}  # the gradient is what comes next
