@@ -143,7 +143,7 @@ def wrong_steps(params: Tree, carry: fs.Carry, x: Array) -> None:
     jitted(carry, x)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     jitted(carry, (x, x, x))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     jitted(carry, (x, "y"))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    jitted(carry, {"x": x})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    jitted(carry, {"x": x})  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]
     jitted(carry, (x, x), x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     jitted(params, (x, x))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     jitted((x, x), carry)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
