@@ -96,9 +96,8 @@ class LinenModule(Protocol[P, R_co]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
-    def apply(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def is_initializing(self) -> bool: ...  # keeps module classes out: there it lacks an argument
+    # What is a mapping is no module: so classes are kept out, whose `apply` takes a module first.
+    def apply(self, variables: Mapping[str, Any], /, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class Stateful(Protocol[P, R_co]):
