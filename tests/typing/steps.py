@@ -159,8 +159,6 @@ def carries() -> None:
     apply(updated, {**state, "cache": {}}, x)
     apply(FrozenDict(params), FrozenDict(state), x)
     assert_type(carry._replace(params=updated), fs.Carry)
-    placed: Any = jax.device_put((params, state))
-    fs.init_carry(*placed, tx)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     assert_type(carry.step + 1, Array)
     assert_type(carry.opt_state[0].mu, Any)
     fs.init_carry(params, tx, state)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
