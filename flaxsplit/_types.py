@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     # What a lambda leaves open is then Any to mypy, and not Never, which no batch is.
     P = typing_extensions.ParamSpec("P", default=...)
+    RestP = typing_extensions.ParamSpec("RestP", default=[])  # further arguments: none where none are named
     R_co = typing_extensions.TypeVar("R_co", covariant=True, default=Any)
     OutT_co = typing_extensions.TypeVar("OutT_co", covariant=True, default=Any)
     BatchT_contra = typing_extensions.TypeVar("BatchT_contra", contravariant=True, default=Any)
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     OutT = typing_extensions.TypeVar("OutT", default=Any)
     CarryT = typing_extensions.TypeVar("CarryT", default="Carry")
 else:
-    P = ParamSpec("P")
+    P, RestP = ParamSpec("P"), ParamSpec("RestP")
     R_co, OutT_co = TypeVar("R_co", covariant=True), TypeVar("OutT_co", covariant=True)
     BatchT_contra = TypeVar("BatchT_contra", contravariant=True)
     ParamsT_contra = TypeVar("ParamsT_contra", contravariant=True)
@@ -127,14 +128,14 @@ CarryStepT = TypeVar("CarryStepT", bound=Callable[Concatenate[Carry, Any, ...], 
 """Likewise, over a `Carry` and no other."""
 
 
-class LossFn(Protocol[BatchT_contra, OutT_co, P, ParamsT_contra]):
+class LossFn(Protocol[BatchT_contra, OutT_co, RestP, ParamsT_contra]):
     """A stateful function whose `out` is a loss, or `(loss, aux)`: `LossFn[Batch, Array]`."""
 
     if not TYPE_CHECKING:
         __class_getitem__ = classmethod(types.GenericAlias)
 
     def __call__(
-        self, params: ParamsT_contra, state: State, batch: BatchT_contra, /, *args: P.args, **kwargs: P.kwargs
+        self, params: ParamsT_contra, state: State, batch: BatchT_contra, /, *args: RestP.args, **kwargs: RestP.kwargs
     ) -> tuple[OutT_co, Tree]: ...
 
 
@@ -142,18 +143,18 @@ GivenLoss: TypeAlias = Callable[Concatenate[ParamsT, State, BatchT, P], tuple[Ou
 """A `LossFn` where one is taken: mypy finds no `P` of a function through a protocol that names further arguments."""
 
 
-class GradFn(Protocol[BatchT_contra, OutT_co, P, ParamsT]):
+class GradFn(Protocol[BatchT_contra, OutT_co, RestP, ParamsT]):
     """A stateful function whose `out` is `(value, grads)`, `grads` a tree like the params: `GradFn[Batch, Array]`."""
 
     if not TYPE_CHECKING:
         __class_getitem__ = classmethod(types.GenericAlias)
 
     def __call__(
-        self, params: ParamsT, state: Tree, batch: BatchT_contra, /, *args: P.args, **kwargs: P.kwargs
+        self, params: ParamsT, state: Tree, batch: BatchT_contra, /, *args: RestP.args, **kwargs: RestP.kwargs
     ) -> tuple[tuple[OutT_co, ParamsT], State]: ...
 
 
-class Step(Protocol[BatchT_contra, OutT_co, P, CarryT]):
+class Step(Protocol[BatchT_contra, OutT_co, RestP, CarryT]):
     """A step: `(carry, batch, *args, **kwargs) -> (carry, out)`.
 
     `Step[Batch, Array]` is one over a `Carry`; `Step[Batch, Array, [], Mine]` one over a carry of another type.
@@ -163,18 +164,18 @@ class Step(Protocol[BatchT_contra, OutT_co, P, CarryT]):
         __class_getitem__ = classmethod(types.GenericAlias)
 
     def __call__(
-        self, carry: CarryT, batch: BatchT_contra, *args: P.args, **kwargs: P.kwargs
+        self, carry: CarryT, batch: BatchT_contra, *args: RestP.args, **kwargs: RestP.kwargs
     ) -> tuple[CarryT, OutT_co]: ...
 
 
-class HostStep(Protocol[BatchT_contra, OutT_co, P]):
+class HostStep(Protocol[BatchT_contra, OutT_co, RestP]):
     """A `Step` over a `Carry` that takes batches of NumPy arrays, too, whatever its loss function says of the batch."""
 
     if not TYPE_CHECKING:
         __class_getitem__ = classmethod(types.GenericAlias)
 
     def __call__(
-        self, carry: Carry, batch: BatchT_contra | HostBatch, *args: P.args, **kwargs: P.kwargs
+        self, carry: Carry, batch: BatchT_contra | HostBatch, *args: RestP.args, **kwargs: RestP.kwargs
     ) -> tuple[Carry, OutT_co]: ...
 
 

@@ -22,8 +22,10 @@ CLASSES = {
     "UntouchedStateWarning": UserWarning,
     "CompileLog": object,
 }
-TYPES = {"Params", "State", "Variables", "Trainable", "LinenModule", "Stateful"}
-TYPES |= {"LossFn", "GradFn", "Step", "JittedStep"}
+TYPES = {
+    *("Params", "State", "Variables", "Trainable", "LinenModule"),
+    *("Stateful", "LossFn", "GradFn", "Step", "JittedStep"),
+}
 PACKAGE = pathlib.Path(fs.__file__).parent
 SIGNATURES = api.signatures()
 FUNCTIONS = sorted(SIGNATURES.keys() - CLASSES.keys() - TYPES - {"Carry"})

@@ -147,6 +147,7 @@ def main(x: Array, tx: optax.GradientTransformation) -> None:
     make_step(Fused(), tx)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     make_step(Classifier, tx)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     make_step(model, tx)(carry, x)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    make_step(model, tx)(carry, batch, x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     make_compiled(model, tx)({}, batch)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     make_evaluation(model)(carry)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     make_gradient(adversarial)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -121,7 +121,7 @@ def lambdas() -> None:
     """Nothing says what the batch is: it may be passed on, but not taken apart."""
     step = fs.with_optimizer(lambda params, state, batch: (optax.l2_loss(params["w"] * batch).mean(), state), tx)
     assert_type(step(carry, x)[1], Array)
-    aux = fs.with_optimizer(lambda params, state, batch: ((params["w"].mean(), 1), state), tx, has_aux=True)
+    aux = fs.with_optimizer(lambda params, state, batch: ((params["w"].mean(), len(params)), state), tx, has_aux=True)
     assert_type(aux(carry, x)[1], tuple[Array, int])
     assert_type(fs.jit_step(fs.scan_steps(fs.with_ema(step, decay=0.9)))(carry, x), tuple[fs.Carry, Array])
     fs.jit_step(lambda carry, batch: (carry + batch, None))(x, x)
