@@ -26,6 +26,16 @@ from ._traces import CompileLog as CompileLog
 from ._traces import assert_max_traces as assert_max_traces
 from ._traces import compile_log as compile_log
 from ._types import Carry as Carry
+from ._types import GradFn as GradFn
+from ._types import JittedStep as JittedStep
+from ._types import LinenModule as LinenModule
+from ._types import LossFn as LossFn
+from ._types import Params as Params
+from ._types import State as State
+from ._types import Stateful as Stateful
+from ._types import Step as Step
+from ._types import Trainable as Trainable
+from ._types import Variables as Variables
 from ._update import apply_gradients as apply_gradients
 from ._update import with_optimizer as with_optimizer
 from ._vmap import vmap_stateful as vmap_stateful

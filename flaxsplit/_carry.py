@@ -5,7 +5,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
@@ -13,14 +12,14 @@ from ._checks import check_tx, checked
 from ._describe import is_deleted, is_numeric, keyed_leaves, plain
 from ._place import placed
 from ._refusals.carry import APART, NOT_GIVEN, SHARDING, UNINITIALIZED
-from ._types import AnyParams, Carry, Tree
+from ._types import AnyParams, Carry, Transformation, Tree
 
 T = TypeVar("T")
 
 
 @checked
 def init_carry(
-    params: AnyParams, state: Tree, tx: optax.GradientTransformation, *, sharding: Sharding | None = None
+    params: AnyParams, state: Tree, tx: Transformation, *, sharding: Sharding | None = None
 ) -> Carry:
     """Makes the carry that a step threads.
 
@@ -50,13 +49,14 @@ def init_carry(
     As `flax.training.train_state.TrainState.create`, without functions in the tree.
     """
     check_tx("init_carry(params, state, tx)", tx)
-    SHARDING.unless(sharding is None or isinstance(sharding, Sharding), sharding=sharding)
+    given: Any = sharding
+    SHARDING.unless(given is None or isinstance(given, Sharding), sharding=given)
     own_params, own_state = _owned(plain(params), "params"), _owned(plain(state), "state")
     opt_state = _owned(_initialized(tx, own_params), "opt_state")
     return _placed(Carry(jnp.zeros((), jnp.int32), own_params, own_state, opt_state), sharding)
 
 
-def _initialized(tx: optax.GradientTransformation, params: Any) -> Any:
+def _initialized(tx: Transformation, params: Any) -> Any:
     try:
         return tx.init(params)
     except Exception as error:

@@ -1,17 +1,21 @@
 """An average beside what is averaged: of the params, of params and statistics, or of a part."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from ._checks import check_count, checked, is_function, two_of
 from ._describe import same_structure, shapes_of, wraps
 from ._refusals.improve import DECAY, EMA, EMA_STEP, OF, decay_of
-from ._types import Carry, StepT
+from ._types import Carry, CarryStepT
 from ._update import check_carry
+
+Decay: TypeAlias = float | np.floating[Any] | Float[Array, ""] | Callable[[Any], Any]
+"""How much of an average stays: a number of Python, NumPy or JAX, or a schedule of the step count."""
 
 
 def params_of(carry: Carry) -> Any:
@@ -20,9 +24,7 @@ def params_of(carry: Carry) -> Any:
 
 
 @checked
-def with_ema(
-    step: StepT, *, decay: float | Callable[[Any], Any], of: Callable[[Carry], Any] = params_of, every: int = 1
-) -> StepT:
+def with_ema(step: CarryStepT, *, decay: Decay, of: Callable[[Carry], Any] = params_of, every: int = 1) -> CarryStepT:
     """Keeps an exponential moving average of the params, or of what `of` names, in `state['ema']`.
 
     Law: after each step `ema = decay * ema + (1 - decay) * of(carry)`. Evaluates by `apply(carry.state["ema"], ...)`.
@@ -73,7 +75,7 @@ def with_ema(
         new_ema = average() if every == 1 else jax.lax.cond(due, average, lambda: ema)
         return new_carry._replace(state={**new_carry.state, "ema": new_ema}), out
 
-    return cast(StepT, averaging)
+    return cast(CarryStepT, averaging)
 
 
 def _averaged(new: Any, old: Any, weight: Any) -> Any:

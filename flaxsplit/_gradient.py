@@ -21,37 +21,39 @@ from ._refusals.improve import (
     UNEVEN,
     UNSYNCED,
 )
-from ._types import OVERWRITTEN, AxisName, Carry, GradFn, LossFn, State, Tree
+from ._types import OVERWRITTEN, AxisName, Carry, GivenLoss, GradFn, State, Tree
 
 if TYPE_CHECKING:
     import typing_extensions  # typing itself takes a default from Python 3.13 on
 
-    # What a lambda leaves open is then Any to mypy, and not Never, which no batch is.
-    BatchT = typing_extensions.TypeVar("BatchT", default=Any)
+    # What a lambda leaves open is then Any: to mypy by the default, and not Never, which no batch is; in pyright by the
+    # bound, and not object, of which nothing can be taken.
+    BatchT = typing_extensions.TypeVar("BatchT", bound=Any, default=Any)
     AuxT = typing_extensions.TypeVar("AuxT", default=Any)
+    ParamsT = typing_extensions.TypeVar("ParamsT", bound=Any, default=Any)
     P = typing_extensions.ParamSpec("P", default=...)
 else:
-    BatchT, AuxT, P = TypeVar("BatchT"), TypeVar("AuxT"), ParamSpec("P")
+    BatchT, AuxT, ParamsT, P = TypeVar("BatchT"), TypeVar("AuxT"), TypeVar("ParamsT"), ParamSpec("P")
 
 
 @overload
 def value_and_grad(
-    loss_fn: LossFn[BatchT, P, tuple[Float[Array, ""], AuxT]],
+    loss_fn: GivenLoss[ParamsT, BatchT, P, tuple[Float[Array, ""], AuxT]],
     *,
     has_aux: Literal[True],
     microbatches: int = 1,
     axis_name: AxisName | None = None,
     overwrite: str = ...,
-) -> GradFn[BatchT, P, tuple[Float[Array, ""], AuxT]]: ...
+) -> GradFn[BatchT, tuple[Float[Array, ""], AuxT], P, ParamsT]: ...
 @overload
 def value_and_grad(
-    loss_fn: LossFn[BatchT, P, Float[Array, ""]],
+    loss_fn: GivenLoss[ParamsT, BatchT, P, Float[Array, ""]],
     *,
     has_aux: Literal[False] = False,
     microbatches: int = 1,
     axis_name: AxisName | None = None,
     overwrite: str = ...,
-) -> GradFn[BatchT, P, Float[Array, ""]]: ...
+) -> GradFn[BatchT, Float[Array, ""], P, ParamsT]: ...
 @checked
 def value_and_grad(
     loss_fn: Any,
@@ -95,7 +97,8 @@ def value_and_grad(
     As `jax.value_and_grad`, but it threads the state.
     """
     LOSS_FN.unless(is_function(loss_fn), loss_fn=loss_fn)
-    OVERWRITE.unless(isinstance(overwrite, str), overwrite=overwrite)
+    given: Any = overwrite
+    OVERWRITE.unless(isinstance(given, str), overwrite=given)
     check_count("value_and_grad(loss_fn, microbatches=...)", microbatches)
     objective = _objective(loss_fn, has_aux, axis_name)
 

@@ -23,7 +23,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 NoCapture = tuple[()]
-Names = str | list[str] | tuple[str, *tuple[str, ...]]
+Names = str | Sequence[str]  # of which an empty one, where it is not written out, counts as names: hence the ignores
 Captured = dict[str, Any]
 
 HIDDEN = frozenset({"rngs", "ema"})
@@ -33,7 +33,7 @@ _MISSING = (errors.ScopeParamNotFoundError, errors.ScopeCollectionNotFound, erro
 
 
 @overload  # a method of the module's class
-def with_mutable(
+def with_mutable(  # type: ignore[overload-overlap]
     fn: ModuleT, *, method: Callable[Concatenate[ModuleT, P], R], mutable: Mutable = ..., capture: NoCapture = ()
 ) -> Stateful[P, R]: ...
 @overload
@@ -41,7 +41,7 @@ def with_mutable(
     fn: ModuleT, *, method: Callable[Concatenate[ModuleT, P], R], mutable: Mutable = ..., capture: Names
 ) -> Stateful[P, tuple[R, Captured]]: ...
 @overload  # bound to the module: there is no `self` to leave out
-def with_mutable(
+def with_mutable(  # type: ignore[overload-overlap]
     fn: nn.Module, *, method: Callable[P, R], mutable: Mutable = ..., capture: NoCapture = ()
 ) -> Stateful[P, R]: ...
 @overload
@@ -49,7 +49,7 @@ def with_mutable(
     fn: nn.Module, *, method: Callable[P, R], mutable: Mutable = ..., capture: Names
 ) -> Stateful[P, tuple[R, Captured]]: ...
 @overload  # of the class again, with `module.apply`
-def with_mutable(
+def with_mutable(  # type: ignore[overload-overlap]
     fn: ApplyFn, *, method: Callable[Concatenate[Any, P], R], mutable: Mutable = ..., capture: NoCapture = ()
 ) -> Stateful[P, R]: ...
 @overload
@@ -57,7 +57,7 @@ def with_mutable(
     fn: ApplyFn, *, method: Callable[Concatenate[Any, P], R], mutable: Mutable = ..., capture: Names
 ) -> Stateful[P, tuple[R, Captured]]: ...
 @overload
-def with_mutable(
+def with_mutable(  # type: ignore[overload-overlap]
     fn: LinenModule[P, R], *, method: None = None, mutable: Mutable = ..., capture: NoCapture = ()
 ) -> Stateful[P, R]: ...
 @overload

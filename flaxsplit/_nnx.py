@@ -63,6 +63,10 @@ class _Slot(NamedTuple):
 def from_nnx(
     module: M, *, trainable: NnxTrainable = ..., method: Callable[Concatenate[M, P], R]
 ) -> tuple[Stateful[P, R], Params, State]: ...
+@overload  # bound to the module: there is no `self` to leave out
+def from_nnx(
+    module: Any, *, trainable: NnxTrainable = ..., method: Callable[P, R]
+) -> tuple[Stateful[P, R], Params, State]: ...
 @overload
 def from_nnx(
     module: NnxModule[P, R], *, trainable: NnxTrainable = ..., method: None = None

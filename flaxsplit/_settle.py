@@ -1,6 +1,7 @@
 """Bring a state to the fixed point of a function's shapes, so that the first step compiles the last time."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,21 @@ from ._describe import (
 )
 from ._errors import StateDriftError
 from ._split import check_halves
-from ._types import AnyParams, State, Stateful, Tree
+from ._types import AnyParams, State, Tree
+
+P = ParamSpec("P")
 
 _MOST_ROUNDS = 8
 
 
-def settle_state(fn: Stateful[..., Any], params: AnyParams, state: Tree, /, *args: Any, **kwargs: Any) -> State:
+def settle_state(
+    fn: Callable[Concatenate[Any, Any, P], tuple[Any, Any]],
+    params: AnyParams,
+    state: Tree,
+    /,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> State:
     """Gives the state whose structure, shapes and dtypes `fn` returns unchanged.
 
     Law: `jax.eval_shape(fn, params, settled, *args)[1]` has the shapes and dtypes of `settled`; a settled state is
@@ -53,7 +63,7 @@ def settle_state(fn: Stateful[..., Any], params: AnyParams, state: Tree, /, *arg
 
 
 @checked  # not on settle_state itself: seen through a decorator, positional-only parameters lose their names in mypy
-def _settled(fn: Stateful[..., Any], params: AnyParams, state: Tree, args: Any, kwargs: Any) -> State:
+def _settled(fn: Callable[..., Any], params: AnyParams, state: Tree, args: Any, kwargs: Any) -> State:
     where = "settle_state(fn, params, state, ...)"
     check_function(where, "fn", fn, "settle_state(with_mutable(model), params, state, x)")
     check_halves(where, params, state)

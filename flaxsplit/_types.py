@@ -2,8 +2,12 @@
 
 Trees have plain aliases (a static checker cannot see into `PyTree[...]`); array leaves are said with jaxtyping.
 `Params` and `State` are aliases and not `NewType`s, so that `state | {...}` and what optax returns stay free of errors.
+
+Public protocols have `params`, `batch` and the like by position only where a user's function names them, and their
+type parameters in the order in which they are seldom left out: `Step[Batch, Out]`.
 """
 
+import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar
@@ -13,11 +17,26 @@ import optax
 from flax.core import DenyList, FrozenDict
 from jaxtyping import Array, Int, Key, UInt32
 
-P = ParamSpec("P")
-R_co = TypeVar("R_co", covariant=True)
-C = TypeVar("C")
-OutT = TypeVar("OutT")
-BatchT = TypeVar("BatchT")
+if TYPE_CHECKING:
+    import typing_extensions  # typing itself takes a default from Python 3.13 on
+
+    # What a lambda leaves open is then Any to mypy, and not Never, which no batch is.
+    P = typing_extensions.ParamSpec("P", default=...)
+    RestP = typing_extensions.ParamSpec("RestP", default=[])  # further arguments: none where none are named
+    R_co = typing_extensions.TypeVar("R_co", covariant=True, default=Any)
+    OutT_co = typing_extensions.TypeVar("OutT_co", covariant=True, default=Any)
+    BatchT_contra = typing_extensions.TypeVar("BatchT_contra", contravariant=True, default=Any)
+    ParamsT = typing_extensions.TypeVar("ParamsT", default=dict[str, Any])
+    ParamsT_contra = typing_extensions.TypeVar("ParamsT_contra", contravariant=True, default=dict[str, Any])
+    BatchT = typing_extensions.TypeVar("BatchT", default=Any)
+    OutT = typing_extensions.TypeVar("OutT", default=Any)
+    CarryT = typing_extensions.TypeVar("CarryT", default="Carry")
+else:
+    P, RestP = ParamSpec("P"), ParamSpec("RestP")
+    R_co, OutT_co = TypeVar("R_co", covariant=True), TypeVar("OutT_co", covariant=True)
+    BatchT_contra = TypeVar("BatchT_contra", contravariant=True)
+    ParamsT_contra = TypeVar("ParamsT_contra", contravariant=True)
+    ParamsT, CarryT, BatchT, OutT = TypeVar("ParamsT"), TypeVar("CarryT"), TypeVar("BatchT"), TypeVar("OutT")
 
 OVERWRITTEN = "_overwrite_with_gradient"
 """The collection whose gradient is its next value, as Flax and others name it: scales and amax histories of fp8."""
@@ -29,6 +48,18 @@ if TYPE_CHECKING:
 else:  # at run time all of optax's trees would let a number pass as params
     AnyParams = Mapping[str, Any] | FrozenDict
 """Params as users have them: `optax.apply_updates` is typed as giving any tree at all."""
+
+
+class HostArray(Protocol):
+    """A NumPy array, told by what no JAX array has: it can be filled."""
+
+    def fill(self, value: Any, /) -> None: ...
+
+
+HostBatch: TypeAlias = HostArray | tuple[HostArray, ...] | Mapping[str, HostArray]
+"""A batch as loaders give it. Not recursive: mypy cannot take such a union apart again, and calls right steps wrong."""
+Transformation: TypeAlias = optax.GradientTransformation | optax.MultiSteps
+"""What optax calls a transformation, and the one class of optax's that has the two methods and is none."""
 Params: TypeAlias = dict[str, Any]
 State: TypeAlias = dict[str, Any]
 Variables: TypeAlias = dict[str, Any]
@@ -62,17 +93,25 @@ class Carry(NamedTuple):
 
 
 class LinenModule(Protocol[P, R_co]):
-    """A Linen module, seen through the signature of its own `__call__`."""
+    """A Linen module, seen through the signature of its own `__call__`: `LinenModule[[Array], Array]`."""
+
+    if not TYPE_CHECKING:
+        __class_getitem__ = classmethod(types.GenericAlias)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
-    def apply(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def is_initializing(self) -> bool: ...  # keeps module classes out: there it lacks an argument
+    # What is a mapping is no module: so classes are kept out, whose `apply` takes a module first.
+    def apply(self, variables: Mapping[str, Any], /, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class Stateful(Protocol[P, R_co]):
-    """A stateful function: `new_state` has exactly `state`'s structure, shapes and dtypes."""
+    """A stateful function: `new_state` has exactly `state`'s structure, shapes and dtypes.
+
+    `Stateful[[Array], Array]` is `fn(params, state, x) -> (out, new_state)`, both an `Array`.
+    """
+
+    if not TYPE_CHECKING:
+        __class_getitem__ = classmethod(types.GenericAlias)
 
     def __call__(self, params: AnyParams, state: Tree, /, *args: P.args, **kwargs: P.kwargs) -> tuple[R_co, State]: ...
 
@@ -83,22 +122,74 @@ class ApplyFn(Protocol):
     def __call__(self, variables: Variables, /, *args: Any, **kwargs: Any) -> Any: ...
 
 
-StatefulT = TypeVar("StatefulT", bound=Callable[Concatenate[Any, Any, ...], tuple[Any, Any]])
+StatefulT = TypeVar("StatefulT", bound=Callable[Concatenate[Any, Any, ...], tuple[object, Any]])
 """Bounds what combinators take and give back unchanged, so that a model's own signature survives a stack of them."""
 
 StepT = TypeVar("StepT", bound=Callable[Concatenate[Any, Any, ...], tuple[Any, Any]])
 """Bounds the steps that a combinator takes and gives back unchanged."""
+CarryStepT = TypeVar("CarryStepT", bound=Callable[Concatenate[Carry, Any, ...], tuple[Carry, Any]])
+"""Likewise, over a `Carry` and no other."""
 
-LossFn: TypeAlias = Callable[Concatenate[Params, State, BatchT, P], tuple[OutT, Tree]]
-"""A stateful function whose `out` is a loss, or `(loss, aux)`."""
-GradFn: TypeAlias = Callable[Concatenate[Any, Tree, BatchT, P], tuple[tuple[OutT, Params], State]]
-"""A stateful function whose `out` is `(value, grads)`."""
-Step: TypeAlias = Callable[Concatenate[C, BatchT, P], tuple[C, OutT]]
-"""A step: `(carry, batch, *args, **kwargs) -> (carry, out)`."""
+
+class LossFn(Protocol[BatchT_contra, OutT_co, RestP, ParamsT_contra]):
+    """A stateful function whose `out` is a loss, or `(loss, aux)`: `LossFn[Batch, Array]`."""
+
+    if not TYPE_CHECKING:
+        __class_getitem__ = classmethod(types.GenericAlias)
+
+    def __call__(
+        self, params: ParamsT_contra, state: State, batch: BatchT_contra, /, *args: RestP.args, **kwargs: RestP.kwargs
+    ) -> tuple[OutT_co, Tree]: ...
+
+
+GivenLoss: TypeAlias = Callable[Concatenate[ParamsT, State, BatchT, P], tuple[OutT, Tree]]
+"""A `LossFn` where one is taken: mypy finds no `P` of a function through a protocol that names further arguments."""
+
+
+class GradFn(Protocol[BatchT_contra, OutT_co, RestP, ParamsT]):
+    """A stateful function whose `out` is `(value, grads)`, `grads` a tree like the params: `GradFn[Batch, Array]`."""
+
+    if not TYPE_CHECKING:
+        __class_getitem__ = classmethod(types.GenericAlias)
+
+    def __call__(
+        self, params: ParamsT, state: Tree, batch: BatchT_contra, /, *args: RestP.args, **kwargs: RestP.kwargs
+    ) -> tuple[tuple[OutT_co, ParamsT], State]: ...
+
+
+class Step(Protocol[BatchT_contra, OutT_co, RestP, CarryT]):
+    """A step: `(carry, batch, *args, **kwargs) -> (carry, out)`.
+
+    `Step[Batch, Array]` is one over a `Carry`; `Step[Batch, Array, [], Mine]` one over a carry of another type.
+    """
+
+    if not TYPE_CHECKING:
+        __class_getitem__ = classmethod(types.GenericAlias)
+
+    def __call__(
+        self, carry: CarryT, batch: BatchT_contra, *args: RestP.args, **kwargs: RestP.kwargs
+    ) -> tuple[CarryT, OutT_co]: ...
+
+
+class HostStep(Protocol[BatchT_contra, OutT_co, RestP]):
+    """A `Step` over a `Carry` that takes batches of NumPy arrays, too, whatever its loss function says of the batch."""
+
+    if not TYPE_CHECKING:
+        __class_getitem__ = classmethod(types.GenericAlias)
+
+    def __call__(
+        self, carry: Carry, batch: BatchT_contra | HostBatch, *args: RestP.args, **kwargs: RestP.kwargs
+    ) -> tuple[Carry, OutT_co]: ...
 
 
 class JittedStep(Protocol[P, R_co]):
-    """A compiled step: the object that `jax.jit` returns, with the step's own types."""
+    """A compiled step: the object that `jax.jit` returns, with the step's own types.
+
+    `JittedStep[[Carry, Batch], tuple[Carry, Array]]` is `step(carry, batch) -> (carry, loss)`.
+    """
+
+    if not TYPE_CHECKING:
+        __class_getitem__ = classmethod(types.GenericAlias)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 

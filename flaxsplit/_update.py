@@ -13,13 +13,13 @@ from ._describe import describe, differences, form_of, is_array, is_numeric, sam
 from ._drift import check_drift
 from ._gradient import mean_loss, value_and_grad
 from ._refusals.improve import GRADS, NO_CARRY, NO_COUNT, NOT_NUMERIC, OPT_STATE
-from ._types import OVERWRITTEN, AxisName, Carry, LossFn, State, Step
+from ._types import OVERWRITTEN, AxisName, Carry, GivenLoss, HostStep, State, Transformation
 
 if TYPE_CHECKING:
     import typing_extensions  # typing itself takes a default from Python 3.13 on
 
-    # What a lambda leaves open is then Any to mypy, and not Never, which no batch is.
-    BatchT = typing_extensions.TypeVar("BatchT", default=Any)
+    # What a lambda leaves open is then Any, as in `value_and_grad`.
+    BatchT = typing_extensions.TypeVar("BatchT", bound=Any, default=Any)
     AuxT = typing_extensions.TypeVar("AuxT", default=Any)
     P = typing_extensions.ParamSpec("P", default=...)
 else:
@@ -27,9 +27,7 @@ else:
 
 
 @checked
-def apply_gradients(
-    tx: optax.GradientTransformation, carry: Carry, grads: Any, new_state: State, **extra: Any
-) -> Carry:
+def apply_gradients(tx: Transformation, carry: Carry, grads: Any, new_state: State, **extra: Any) -> Carry:
     """Updates the params by gradients, and counts the update: the next carry.
 
     Law: equals `tx.update`, `optax.apply_updates`, `carry.step + 1` and the new state, in a `Carry`.
@@ -73,28 +71,28 @@ def apply_gradients(
 
 @overload
 def with_optimizer(
-    loss_fn: LossFn[BatchT, P, tuple[Float[Array, ""], AuxT]],
-    tx: optax.GradientTransformation,
+    loss_fn: GivenLoss[Any, BatchT, P, tuple[Float[Array, ""], AuxT]],
+    tx: Transformation,
     *,
     has_aux: Literal[True],
     microbatches: int = 1,
     axis_name: AxisName | None = None,
     overwrite: str = ...,
-) -> Step[Carry, BatchT, P, tuple[Float[Array, ""], AuxT]]: ...
+) -> HostStep[BatchT, tuple[Float[Array, ""], AuxT], P]: ...
 @overload
 def with_optimizer(
-    loss_fn: LossFn[BatchT, P, Float[Array, ""]],
-    tx: optax.GradientTransformation,
+    loss_fn: GivenLoss[Any, BatchT, P, Float[Array, ""]],
+    tx: Transformation,
     *,
     has_aux: Literal[False] = False,
     microbatches: int = 1,
     axis_name: AxisName | None = None,
     overwrite: str = ...,
-) -> Step[Carry, BatchT, P, Float[Array, ""]]: ...
+) -> HostStep[BatchT, Float[Array, ""], P]: ...
 @checked
 def with_optimizer(
     loss_fn: Any,
-    tx: optax.GradientTransformation,
+    tx: Transformation,
     *,
     has_aux: bool = False,
     microbatches: int = 1,
@@ -158,7 +156,7 @@ def with_optimizer(
     return step
 
 
-def _taken(tx: optax.GradientTransformation, extra: dict[str, Any]) -> dict[str, Any]:
+def _taken(tx: Transformation, extra: dict[str, Any]) -> dict[str, Any]:
     """What `tx.update` takes of optax's extra arguments. Some transformations take one by name and no other."""
     parameters = inspect.signature(tx.update).parameters.values()
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):

@@ -22,9 +22,13 @@ CLASSES = {
     "UntouchedStateWarning": UserWarning,
     "CompileLog": object,
 }
+TYPES = {
+    *("Params", "State", "Variables", "Trainable", "LinenModule"),
+    *("Stateful", "LossFn", "GradFn", "Step", "JittedStep"),
+}
 PACKAGE = pathlib.Path(fs.__file__).parent
 SIGNATURES = api.signatures()
-FUNCTIONS = sorted(SIGNATURES.keys() - CLASSES.keys() - {"Carry"})
+FUNCTIONS = sorted(SIGNATURES.keys() - CLASSES.keys() - TYPES - {"Carry"})
 CHANGELOG = (api.ROOT / "CHANGELOG.md").read_text()
 
 

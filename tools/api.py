@@ -11,6 +11,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Iterator
+from typing import TypeGuard
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STORED = ROOT / "tests" / "api.txt"
@@ -22,13 +23,20 @@ BLOCK = re.compile(r"^# (\w+) told ([0-9a-f]{8})\n(.*?)(?=^# |\Z)", re.DOTALL | 
 
 
 def definitions(package: pathlib.Path) -> dict[str, list[ast.stmt]]:
-    """Every function and class at the top of a module, overloads included, by name."""
+    """Every function, class and alias of a type at the top of a module, overloads included, by name."""
     found: dict[str, list[ast.stmt]] = {}
     for path in sorted(package.glob("_*.py")):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 found.setdefault(node.name, []).append(node)
+            elif is_alias(node):
+                found.setdefault(ast.unparse(node.target), []).append(node)
     return found
+
+
+def is_alias(node: ast.stmt) -> TypeGuard[ast.AnnAssign]:
+    """Tells `Params: TypeAlias = dict[str, Any]`."""
+    return isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "TypeAlias"
 
 
 def lines_of(node: ast.stmt, found: dict[str, list[ast.stmt]], indent: str = "") -> Iterator[str]:
@@ -43,8 +51,10 @@ def lines_of(node: ast.stmt, found: dict[str, list[ast.stmt]], indent: str = "")
             for each in found.get(base, ()):
                 yield from lines_of(each, found, f"{indent}  ")
         for each in node.body:
-            if not isinstance(each, ast.FunctionDef) or each.name == "__init__" or each.name[0] != "_":
+            if not isinstance(each, ast.FunctionDef) or each.name in ("__init__", "__call__") or each.name[0] != "_":
                 yield from lines_of(each, found, f"{indent}  ")
+    elif is_alias(node):
+        yield f"{indent}{ast.unparse(node)}"
     elif isinstance(node, ast.AnnAssign):
         yield f"{indent}{ast.unparse(node.target)}: {ast.unparse(node.annotation)}" + (" = ..." if node.value else "")
 

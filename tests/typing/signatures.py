@@ -1,6 +1,7 @@
 """Read by mypy and pyright, not run: a model's own signature goes through every combinator."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, assert_type
 
 import flax.linen as nn
@@ -75,6 +76,7 @@ assert_type(fs.from_nnx(net, trainable=nnx.LoRAParam)[2], dict[str, Any])
 assert_type(fs.from_nnx(net, trainable=["head/*", nnx.Param])[0](net_params, net_state, x)[0], Array)
 assert_type(fs.from_nnx(net, trainable=lambda path, variable: path[0] == "head")[0](net_params, net_state, x)[0], Array)
 assert_type(fs.from_nnx(net, method=Net.encode)[0](net_params, net_state, x, 3)[0], tuple[Array, Array])
+assert_type(fs.from_nnx(net, method=net.encode)[0](net_params, net_state, x, depth=3)[0], tuple[Array, Array])
 assert_type(fs.from_nnx(net, method=last)[0](net_params, net_state, x)[0], int)
 assert_type(fs.to_nnx(net, net_params, net_state), Net)
 assert_type(fs.vmap_stateful(fn)(net_params, net_state, x)[0], Array)
@@ -137,6 +139,8 @@ for error in (
 
 
 coder, tagger = Coder(), Tagger()
+list_of_names: Sequence[str] = ["losses"]
+tuple_of_names: tuple[str, ...] = ("losses",)
 
 
 def arguments() -> None:
@@ -175,6 +179,10 @@ def captures() -> None:
     assert_type(fs.with_mutable(coder, capture=())(params, state, x, x)[0], tuple[Array, Array])
     for sown in (fs.with_mutable(coder, capture="losses"), fs.with_mutable(coder, capture=("losses", "norms"))):
         assert_type(sown(params, state, x, x)[0], tuple[tuple[Array, Array], dict[str, Any]])
+    for names in (list_of_names, tuple_of_names):
+        assert_type(
+            fs.with_mutable(coder, capture=names)(params, state, x, x)[0], tuple[tuple[Array, Array], dict[str, Any]]
+        )
     of_class = fs.with_mutable(coder, method=Coder.encode, capture=["losses"])
     bound = fs.with_mutable(coder, method=coder.encode, capture=["losses"])
     assert_type(of_class(params, state, x, 3)[0], tuple[Array, dict[str, Any]])
@@ -197,3 +205,16 @@ def four_around_a_model() -> None:
     outer(params, state, x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     fs.vmap_stateful(model)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
     fs.with_rngs(model)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+
+
+def settling() -> None:
+    """The call is the function's own."""
+    assert_type(fs.settle_state(apply, params, state, x, train=True), dict[str, Any])
+    assert_type(fs.settle_state(by_hand, params, state, x), dict[str, Any])
+    fs.settle_state(apply, params, state)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    fs.settle_state(apply, params, state, x, trian=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    fs.settle_state(by_hand, params, state, "x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def by_hand(params: dict[str, Any], state: dict[str, Any], x: Array) -> tuple[Array, dict[str, Any]]:
+    return x, state

@@ -3,7 +3,7 @@
 Each line names the error of each checker. `tools/types_table.py` reads the two files side by side.
 """
 
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import optax
 from jax import Array
@@ -44,11 +44,50 @@ def stateless(params: Tree, state: Tree, batch: Array) -> Array:
     return batch
 
 
+class Weights(TypedDict):
+    w: Array
+
+
+class Layers(NamedTuple):
+    body: Array
+    head: Array
+
+
+def weights_fn(params: Weights, state: Tree, batch: Array, key: Array, *, clip: float = 1.0) -> tuple[Array, Tree]:
+    return batch.mean() * clip, state
+
+
+def layers_fn(params: Layers, state: Tree, batch: Array) -> tuple[tuple[Array, Layers], Tree]:
+    return (batch.mean(), params), state
+
+
+def misplaced(params: Tree, batch: Array, state: Tree) -> tuple[Array, Tree]:
+    return batch, state
+
+
+def batchless(params: Tree, state: Tree) -> tuple[Array, Tree]:
+    return params["w"], state
+
+
+def mine(carry: Layers, batch: Array) -> tuple[Layers, Array]:
+    return carry, batch
+
+
+def image_step(carry: fs.Carry, x: Array, y: Array, *, train: bool) -> tuple[fs.Carry, Array, Array]:
+    return carry, x, y
+
+
 tx = optax.adam(1e-3)
 step = fs.with_optimizer(loss_fn, tx)
 jitted = fs.jit_step(fs.assert_max_traces(fs.with_ema(step, decay=0.9)))
 aux_step = fs.jit_step(fs.with_optimizer(aux_fn, tx, has_aux=True))
 scanned = fs.jit_step(fs.scan_steps(step))
+grads_of = fs.value_and_grad(weights_fn)
+aux_grads_of = fs.value_and_grad(layers_fn, has_aux=True)
+each_grads_of = fs.with_rngs(fs.assert_max_traces(grads_of))
+keyed = fs.jit_step(fs.assert_max_traces(fs.scan_steps(fs.with_ema(fs.with_optimizer(weights_fn, tx), decay=0.9))))
+images = fs.jit_step(image_step, donate=False)
+evaluate = fs.jit_step(fs.with_mutable(classifier, mutable=False), donate=False)
 
 
 def wrong_arguments(params: Tree, state: Tree, x: Array) -> None:
@@ -143,7 +182,7 @@ def wrong_steps(params: Tree, carry: fs.Carry, x: Array) -> None:
     jitted(carry, x)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     jitted(carry, (x, x, x))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     jitted(carry, (x, "y"))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    jitted(carry, {"x": x})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    jitted(carry, {"x": x})  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]
     jitted(carry, (x, x), x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     jitted(params, (x, x))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     jitted((x, x), carry)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -167,3 +206,73 @@ def wrong_scans(params: Tree, carry: fs.Carry, x: Array) -> None:
     scanned((x, x), carry)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     scanned(carry, next(fs.stack_batches([x], 10)))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     scanned(carry, next(fs.stack_batches([(x, x)], 10))[0])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def wrong_gradients(weights: Weights, layers: Layers, state: Tree, x: Array) -> None:
+    grads_of(weights, state, x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    grads_of(weights, state, "x", x)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    grads_of(weights, state, x, 0)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    grads_of(weights, state, x, x, clip="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    grads_of(weights, state, x, x, clop=1.0)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    grads_of(weights, state, x, x, 1.0)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    grads_of(layers, state, x, x)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    grads_of(weights, x, state, x)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    grads_of(weights, state, x, x)[0].mean()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    grads_of(weights, state, x, x)[0][1]["v"]  # type: ignore[typeddict-item]  # pyright: ignore[reportGeneralTypeIssues]
+    aux_grads_of(layers, state, x)[0][1].tail  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    aux_grads_of(layers, state, x)[0][0].mean()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    aux_grads_of(weights, state, x)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    each_grads_of(weights, state, x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    each_grads_of(layers, state, x, x)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def wrong_losses_of_gradients() -> None:
+    fs.value_and_grad(loss_fn, has_aux=True)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    fs.value_and_grad(aux_fn)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fs.value_and_grad(lossless)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fs.value_and_grad(swapped)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fs.value_and_grad(stateless)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fs.value_and_grad(misplaced)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fs.value_and_grad(batchless)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def wrong_updates(carry: fs.Carry, params: Tree, state: Tree, x: Array) -> None:
+    fs.apply_gradients(tx, carry, params)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    fs.apply_gradients(carry, tx, params, state)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fs.apply_gradients(tx, params, carry, state)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fs.apply_gradients(tx, carry, params, x)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fs.apply_gradients(tx, carry, params, state).parameters  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def wrong_further_arguments(carry: fs.Carry, x: Array) -> None:
+    keyed(carry, x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    keyed(carry, x, "key")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    keyed(carry, x, x, clip=x)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    keyed(carry, x, x, clop=1.0)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    keyed(carry, x, x, 1.0)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    keyed.lower(carry, x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    images(carry, x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    images(carry, x, x, True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    images(carry, x, x, train=x)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    images(x, x, x, train=True)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    images(carry, x, x, train=True)[1].loss  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def wrong_evaluation(params: Tree, state: Tree, x: Array) -> None:
+    evaluate(params, x)  # type: ignore[arg-type, call-arg]  # pyright: ignore[reportCallIssue]
+    evaluate(params, state)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    evaluate(params, state, "x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    evaluate(params, state, x, trian=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    evaluate(params, state, x)[0].logits  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def wrong_settling(params: Tree, state: Tree, x: Array) -> None:
+    fs.settle_state(apply, params, state)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    fs.settle_state(apply, params, state, "x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fs.settle_state(apply, params, state, x, trian=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    fs.settle_state(grads_of, params, state, x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+def wrong_averages() -> None:
+    fs.with_ema(mine, decay=0.9)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+    fs.with_ema(loss_fn, decay=0.9)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]

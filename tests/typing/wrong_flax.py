@@ -4,7 +4,7 @@ The few lines with an ignore are rejected where the overlay of `stubs/` is insta
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,43 @@ def stateless(params: Tree, state: Tree, batch: Array) -> Array:
     return batch
 
 
+class Weights(TypedDict):
+    w: Array
+
+
+class Layers(NamedTuple):
+    body: Array
+    head: Array
+
+
+def weights_fn(params: Weights, state: Tree, batch: Array, key: Array, *, clip: float = 1.0) -> tuple[Array, Tree]:
+    return batch.mean() * clip, state
+
+
+def layers_fn(params: Layers, state: Tree, batch: Array) -> tuple[tuple[Array, Layers], Tree]:
+    return (batch.mean(), params), state
+
+
+def misplaced(params: Tree, batch: Array, state: Tree) -> tuple[Array, Tree]:
+    return batch, state
+
+
+def batchless(params: Tree, state: Tree) -> tuple[Array, Tree]:
+    return params["w"], state
+
+
+def mine(carry: Layers, batch: Array) -> tuple[Layers, Array]:
+    return carry, batch
+
+
+def keyed_step(train_state: TrainState, batch: Array, key: Array, *, clip: float = 1.0) -> tuple[TrainState, Array]:
+    return train_state, batch
+
+
+def image_step(train_state: TrainState, x: Array, y: Array, *, train: bool) -> tuple[TrainState, Array, Array]:
+    return train_state, x, y
+
+
 def train_step(train_state: TrainState, batch: tuple[Array, Array]) -> tuple[TrainState, Array]:
     return train_state, batch[0].mean()
 
@@ -58,6 +95,12 @@ def stack(*leaves: Array) -> Array:
 
 jitted = jax.jit(train_step, donate_argnums=0)
 aux_step = jax.jit(train_step_with_aux, donate_argnums=0)
+grads_of = jax.value_and_grad(weights_fn, has_aux=True)
+aux_grads_of = jax.value_and_grad(layers_fn, has_aux=True)
+each_grads_of = jax.vmap(grads_of, in_axes=(None, None, 0, None))
+keyed = jax.jit(keyed_step, donate_argnums=0)
+images = jax.jit(image_step)
+evaluate = jax.jit(classifier.apply)
 scanned = jax.jit(epoch, donate_argnums=0)
 
 
@@ -177,3 +220,73 @@ def wrong_scans(params: Tree, train_state: TrainState, x: Array) -> None:
     scanned((x, x), train_state)
     scanned(train_state, jax.tree.map(stack, *[x]))
     scanned(train_state, jax.tree.map(stack, *[(x, x)])[0])
+
+
+def wrong_gradients(weights: Weights, layers: Layers, state: Tree, x: Array) -> None:
+    grads_of(weights, state, x)
+    grads_of(weights, state, "x", x)
+    grads_of(weights, state, x, 0)
+    grads_of(weights, state, x, x, clip="1")
+    grads_of(weights, state, x, x, clop=1.0)
+    grads_of(weights, state, x, x, 1.0)
+    grads_of(layers, state, x, x)
+    grads_of(weights, x, state, x)
+    grads_of(weights, state, x, x)[0].mean()
+    grads_of(weights, state, x, x)[1]["v"]
+    aux_grads_of(layers, state, x)[1].tail
+    aux_grads_of(layers, state, x)[0].mean()
+    aux_grads_of(weights, state, x)
+    each_grads_of(weights, state, x)
+    each_grads_of(layers, state, x, x)
+
+
+def wrong_losses_of_gradients() -> None:
+    jax.value_and_grad(loss_fn, has_aux=False)
+    jax.value_and_grad(aux_fn, has_aux=False)
+    jax.value_and_grad(lossless)
+    jax.value_and_grad(swapped)
+    jax.value_and_grad(stateless)
+    jax.value_and_grad(misplaced)
+    jax.value_and_grad(batchless)
+
+
+def wrong_updates(train_state: TrainState, params: Tree, state: Tree, x: Array) -> None:
+    train_state.apply_gradients(grads=params)
+    train_state.apply_gradients(grads=train_state)
+    train_state.apply_gradients(grads=params, batch_stats=train_state)
+    train_state.apply_gradients(grads=params, batch_stats=x)
+    train_state.apply_gradients(grads=params).parameters  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def wrong_further_arguments(train_state: TrainState, x: Array) -> None:
+    keyed(train_state, x)
+    keyed(train_state, x, "key")
+    keyed(train_state, x, x, clip=x)
+    keyed(train_state, x, x, clop=1.0)
+    keyed(train_state, x, x, 1.0)
+    keyed.lower(train_state, x)
+    images(train_state, x)
+    images(train_state, x, x, True)
+    images(train_state, x, x, train=x)
+    images(x, x, x, train=True)
+    images(train_state, x, x, train=True)[1].loss
+
+
+def wrong_evaluation(params: Tree, state: Tree, x: Array) -> None:
+    evaluate(params, x)
+    evaluate({**state, "params": params})
+    evaluate({**state, "params": params}, "x")
+    evaluate({**state, "params": params}, x, trian=True)
+    evaluate({**state, "params": params}, x).logits
+
+
+def wrong_settling(params: Tree, state: Tree, x: Array) -> None:
+    jax.eval_shape(classifier.apply, state)
+    jax.eval_shape(classifier.apply, state, "x")
+    jax.eval_shape(classifier.apply, state, x, trian=True)
+    jax.eval_shape(grads_of, params, state, x)
+
+
+def wrong_averages() -> None:
+    jax.jit(mine)
+    jax.jit(loss_fn)
