@@ -149,11 +149,12 @@ PER_EXAMPLE = Refusal(
 )
 
 
-def _takes_each_example(tx: optax.GradientTransformation, carry: Carry) -> bool:
-    """Whether the optimizer that failed takes gradients of two examples."""
+def _takes(tx: optax.GradientTransformation, carry: Carry, leading: tuple[int, ...]) -> bool:
+    """Whether the optimizer takes gradients that have these axes before those of the params."""
 
     def update(params: Any, opt_state: Any) -> Any:
-        return tx.update(jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), params), opt_state, params)
+        grads = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*leading, *leaf.shape)), params)
+        return tx.update(grads, opt_state, params)
 
     try:
         jax.eval_shape(update, carry.params, carry.opt_state)
@@ -166,7 +167,7 @@ def _takes_each_example(tx: optax.GradientTransformation, carry: Carry) -> bool:
 def OPT_STATE(error: Exception, tx: optax.GradientTransformation, carry: Carry) -> Explained:  # noqa: N802
     """An error of the optimizer: ours, where the carry was made for another one; else its own."""
     made = differences(_strong(jax.eval_shape(tx.init, carry.params)), _strong(carry.opt_state), "carry.opt_state")
-    if not made and _takes_each_example(tx, carry):
+    if not made and _takes(tx, carry, (2,)) and not _takes(tx, carry, ()):
         return PER_EXAMPLE(f"grads: like carry.params, without an axis of examples ({type(error).__name__})")
     if not made:
         raise error
