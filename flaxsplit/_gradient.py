@@ -1,7 +1,7 @@
 """From a loss function to its gradients: a stateful function again, so that every combinator takes it."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +21,7 @@ from ._refusals.improve import (
     UNEVEN,
     UNSYNCED,
 )
-from ._types import OVERWRITTEN, AxisName, Carry, GivenLoss, GradFn, State, Tree
-
-if TYPE_CHECKING:
-    import typing_extensions  # typing itself takes a default from Python 3.13 on
-
-    # What a lambda leaves open is then Any: to mypy by the default, and not Never, which no batch is; in pyright by the
-    # bound, and not object, of which nothing can be taken.
-    BatchT = typing_extensions.TypeVar("BatchT", bound=Any, default=Any)
-    AuxT = typing_extensions.TypeVar("AuxT", default=Any)
-    ParamsT = typing_extensions.TypeVar("ParamsT", bound=Any, default=Any)
-    P = typing_extensions.ParamSpec("P", default=...)
-else:
-    BatchT, AuxT, ParamsT, P = TypeVar("BatchT"), TypeVar("AuxT"), TypeVar("ParamsT"), ParamSpec("P")
+from ._types import OVERWRITTEN, AuxT, AxisName, BatchT, Carry, GivenLoss, GradFn, P, ParamsT, State, Tree
 
 
 @overload

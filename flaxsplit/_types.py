@@ -7,36 +7,32 @@ Public protocols have `params`, `batch` and the like by position only where a us
 type parameters in the order in which they are seldom left out: `Step[Batch, Out]`.
 """
 
-import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, Protocol, TypeAlias
 
 import jax
 import optax
 from flax.core import DenyList, FrozenDict
 from jaxtyping import Array, Int, Key, UInt32
+from typing_extensions import ParamSpec, TypeVar
 
-if TYPE_CHECKING:
-    import typing_extensions  # typing itself takes a default from Python 3.13 on
+# typing itself takes a default from Python 3.13 on. What a lambda leaves open is then Any: to mypy by the default, and
+# not Never, which no batch is; in pyright by the bound, and not object, of which nothing can be taken.
+P = ParamSpec("P", default=...)
+BatchT = TypeVar("BatchT", bound=Any, default=Any)
+ParamsT = TypeVar("ParamsT", bound=Any, default=Any)
+AuxT = TypeVar("AuxT", default=Any)
+OutT = TypeVar("OutT", default=Any)
 
-    # What a lambda leaves open is then Any to mypy, and not Never, which no batch is.
-    P = typing_extensions.ParamSpec("P", default=...)
-    RestP = typing_extensions.ParamSpec("RestP", default=[])  # further arguments: none where none are named
-    R_co = typing_extensions.TypeVar("R_co", covariant=True, default=Any)
-    OutT_co = typing_extensions.TypeVar("OutT_co", covariant=True, default=Any)
-    BatchT_contra = typing_extensions.TypeVar("BatchT_contra", contravariant=True, default=Any)
-    ParamsT = typing_extensions.TypeVar("ParamsT", default=dict[str, Any])
-    ParamsT_contra = typing_extensions.TypeVar("ParamsT_contra", contravariant=True, default=dict[str, Any])
-    BatchT = typing_extensions.TypeVar("BatchT", default=Any)
-    OutT = typing_extensions.TypeVar("OutT", default=Any)
-    CarryT = typing_extensions.TypeVar("CarryT", default="Carry")
-else:
-    P, RestP = ParamSpec("P"), ParamSpec("RestP")
-    R_co, OutT_co = TypeVar("R_co", covariant=True), TypeVar("OutT_co", covariant=True)
-    BatchT_contra = TypeVar("BatchT_contra", contravariant=True)
-    ParamsT_contra = TypeVar("ParamsT_contra", contravariant=True)
-    ParamsT, CarryT, BatchT, OutT = TypeVar("ParamsT"), TypeVar("CarryT"), TypeVar("BatchT"), TypeVar("OutT")
+# Those of the protocols. Where a user leaves one out: any result, no further arguments, params as dicts, a `Carry`.
+R_co = TypeVar("R_co", covariant=True, default=Any)
+OutT_co = TypeVar("OutT_co", covariant=True, default=Any)
+BatchT_contra = TypeVar("BatchT_contra", contravariant=True, default=Any)
+RestP = ParamSpec("RestP", default=[])
+GradsT = TypeVar("GradsT", default=dict[str, Any])
+ParamsT_contra = TypeVar("ParamsT_contra", contravariant=True, default=dict[str, Any])
+CarryT = TypeVar("CarryT", default="Carry")
 
 OVERWRITTEN = "_overwrite_with_gradient"
 """The collection whose gradient is its next value, as Flax and others name it: scales and amax histories of fp8."""
@@ -95,9 +91,6 @@ class Carry(NamedTuple):
 class LinenModule(Protocol[P, R_co]):
     """A Linen module, seen through the signature of its own `__call__`: `LinenModule[[Array], Array]`."""
 
-    if not TYPE_CHECKING:
-        __class_getitem__ = classmethod(types.GenericAlias)
-
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
     # What is a mapping is no module: so classes are kept out, whose `apply` takes a module first.
@@ -109,9 +102,6 @@ class Stateful(Protocol[P, R_co]):
 
     `Stateful[[Array], Array]` is `fn(params, state, x) -> (out, new_state)`, both an `Array`.
     """
-
-    if not TYPE_CHECKING:
-        __class_getitem__ = classmethod(types.GenericAlias)
 
     def __call__(self, params: AnyParams, state: Tree, /, *args: P.args, **kwargs: P.kwargs) -> tuple[R_co, State]: ...
 
@@ -134,9 +124,6 @@ CarryStepT = TypeVar("CarryStepT", bound=Callable[Concatenate[Carry, Any, ...], 
 class LossFn(Protocol[BatchT_contra, OutT_co, RestP, ParamsT_contra]):
     """A stateful function whose `out` is a loss, or `(loss, aux)`: `LossFn[Batch, Array]`."""
 
-    if not TYPE_CHECKING:
-        __class_getitem__ = classmethod(types.GenericAlias)
-
     def __call__(
         self, params: ParamsT_contra, state: State, batch: BatchT_contra, /, *args: RestP.args, **kwargs: RestP.kwargs
     ) -> tuple[OutT_co, Tree]: ...
@@ -146,15 +133,12 @@ GivenLoss: TypeAlias = Callable[Concatenate[ParamsT, State, BatchT, P], tuple[Ou
 """A `LossFn` where one is taken: mypy finds no `P` of a function through a protocol that names further arguments."""
 
 
-class GradFn(Protocol[BatchT_contra, OutT_co, RestP, ParamsT]):
+class GradFn(Protocol[BatchT_contra, OutT_co, RestP, GradsT]):
     """A stateful function whose `out` is `(value, grads)`, `grads` a tree like the params: `GradFn[Batch, Array]`."""
 
-    if not TYPE_CHECKING:
-        __class_getitem__ = classmethod(types.GenericAlias)
-
     def __call__(
-        self, params: ParamsT, state: Tree, batch: BatchT_contra, /, *args: RestP.args, **kwargs: RestP.kwargs
-    ) -> tuple[tuple[OutT_co, ParamsT], State]: ...
+        self, params: GradsT, state: Tree, batch: BatchT_contra, /, *args: RestP.args, **kwargs: RestP.kwargs
+    ) -> tuple[tuple[OutT_co, GradsT], State]: ...
 
 
 class Step(Protocol[BatchT_contra, OutT_co, RestP, CarryT]):
@@ -163,9 +147,6 @@ class Step(Protocol[BatchT_contra, OutT_co, RestP, CarryT]):
     `Step[Batch, Array]` is one over a `Carry`; `Step[Batch, Array, [], Mine]` one over a carry of another type.
     """
 
-    if not TYPE_CHECKING:
-        __class_getitem__ = classmethod(types.GenericAlias)
-
     def __call__(
         self, carry: CarryT, batch: BatchT_contra, *args: RestP.args, **kwargs: RestP.kwargs
     ) -> tuple[CarryT, OutT_co]: ...
@@ -173,9 +154,6 @@ class Step(Protocol[BatchT_contra, OutT_co, RestP, CarryT]):
 
 class HostStep(Protocol[BatchT_contra, OutT_co, RestP]):
     """A `Step` over a `Carry` that takes batches of NumPy arrays, too, whatever its loss function says of the batch."""
-
-    if not TYPE_CHECKING:
-        __class_getitem__ = classmethod(types.GenericAlias)
 
     def __call__(
         self, carry: Carry, batch: BatchT_contra | HostBatch, *args: RestP.args, **kwargs: RestP.kwargs
@@ -187,9 +165,6 @@ class JittedStep(Protocol[P, R_co]):
 
     `JittedStep[[Carry, Batch], tuple[Carry, Array]]` is `step(carry, batch) -> (carry, loss)`.
     """
-
-    if not TYPE_CHECKING:
-        __class_getitem__ = classmethod(types.GenericAlias)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 

@@ -1,7 +1,7 @@
 """From gradients to the next carry, and both in one: a loss function becomes a step."""
 
 import inspect
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,7 @@ from ._describe import describe, differences, form_of, is_array, is_numeric, sam
 from ._drift import check_drift
 from ._gradient import mean_loss, value_and_grad
 from ._refusals.improve import GRADS, NO_CARRY, NO_COUNT, NOT_NUMERIC, OPT_STATE
-from ._types import OVERWRITTEN, AxisName, Carry, GivenLoss, HostStep, State, Transformation
-
-if TYPE_CHECKING:
-    import typing_extensions  # typing itself takes a default from Python 3.13 on
-
-    # What a lambda leaves open is then Any, as in `value_and_grad`.
-    BatchT = typing_extensions.TypeVar("BatchT", bound=Any, default=Any)
-    AuxT = typing_extensions.TypeVar("AuxT", default=Any)
-    P = typing_extensions.ParamSpec("P", default=...)
-else:
-    BatchT, AuxT, P = TypeVar("BatchT"), TypeVar("AuxT"), ParamSpec("P")
+from ._types import OVERWRITTEN, AuxT, AxisName, BatchT, Carry, GivenLoss, HostStep, P, State, Transformation
 
 
 @checked

@@ -38,6 +38,7 @@ class Net(nn.Module):
 MODEL = Net()
 VARIABLES = MODEL.init(KEY, X, train=False)
 PARAMS, STATE = fs.split_params(VARIABLES)
+APPLY: Any = fs.with_mutable(MODEL)  # Any: the module's own signature has no `rngs=`
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:
@@ -70,7 +71,7 @@ def by_hand(params: Any, state: Any, x: Any, key: Any) -> tuple[Any, Any]:
 
 def keyed_loss(params: Any, state: Any, batch: Any, key: Any) -> tuple[jax.Array, Any]:
     """A loss that is given its key."""
-    out, state = fs.with_mutable(MODEL)(params, state, batch[0], rngs={"dropout": key})
+    out, state = APPLY(params, state, batch[0], rngs={"dropout": key})
     return optax.l2_loss(out, batch[1]).mean(), state
 
 
@@ -204,7 +205,7 @@ def test_dynamic_scale_skips_an_overflow() -> None:
         return (*kept, scaler), (loss, finite)
 
     params = {"w": jnp.full((10, 1), 0.1)}
-    scaler = DynamicScale(growth_interval=10_000, scale=jnp.float32(2.0**15))
+    scaler = DynamicScale(growth_interval=10_000, scale=2.0**15)
     both: Any = (fs.init_carry(params, {}, TX), scaler)
     theirs: Any = (params, TX.init(params), scaler)
     ours, loop = fs.jit_step(fs.assert_max_traces(step), donate=False), jax.jit(hand)
@@ -298,7 +299,8 @@ def test_two_networks_that_write_each_others_statistics() -> None:
     generator, judge = Net(), Net()
     noise = X[:, ::-1]
     start = [fs.split_params(net.init(jax.random.key(i), X, train=False)) for i, net in enumerate((generator, judge))]
-    make, judged = fs.with_mutable(generator), fs.with_mutable(judge)
+    make: Any = fs.with_mutable(generator)
+    judged: Any = fs.with_mutable(judge)
 
     def fake(params: Any, state: Any, key: Any) -> Any:
         out, state = make(params, state, noise, rngs={"dropout": key})
@@ -335,8 +337,8 @@ def test_two_networks_that_write_each_others_statistics() -> None:
         new = fs.Carry(jud.step + 1, optax.apply_updates(jud.params, updates), dict(own), opt_state)
         return (gen._replace(state=dict(made)), new), value
 
-    carries = tuple(fs.init_carry(*each, TX) for each in start)
-    assert_equal(run(step, carries, X, KEY), run(hand, carries, X, KEY))
+    carries = [fs.init_carry(*each, TX) for each in start]
+    assert_equal(run(step, tuple(carries), X, KEY), run(hand, tuple(carries), X, KEY))
 
 
 def test_three_optimizers_and_a_target_network() -> None:

@@ -277,11 +277,20 @@ nothing is switched off.
 
 - `with_optimizer(loss_fn, tx, has_aux=flag)`, where `flag` is no literal: an overload for `bool` would take `True` as
   well, and with it a loss without aux. Two calls say it: `with_optimizer(..., has_aux=True) if flag else ...`.
-- `with_optimizer(lambda params, state, batch: ..., tx)` that takes its batch apart (`batch[0]`): nothing says what it
-  is, so both checkers read it as `object`. A `def` with an annotation says it.
 - `init_carry(*halves, tx)`, where `halves` is `Any`: the checkers let `*halves` fill every parameter, and find `tx` to
   be one too many. `params, state = halves` comes first.
 - `vmap_stateful(lambda ...)`: to mypy a lambda is an untyped function, and so is what comes out, where it is called.
+- `functools.partial(fn, ...)` is a function of any arguments to mypy, and so is what a combinator makes of it. pyright
+  and ty keep what is left of the signature.
+- A gradient function that is written inside the call of another combinator, `vmap_stateful(value_and_grad(loss_fn))`:
+  pyright takes its params and its batch for `Any`. Given a name first, it keeps them.
+- A model whose `__call__` has overloads is seen through the first of them.
+- `apply(params, state, x, rngs=...)`: PEP 612 allows no keyword beside those of the model. `with_rngs` draws the keys
+  from the state; a function of your own that takes `rngs` gives them a default: `rngs: Any = None`.
+- A model that says `x: Array` refuses a NumPy array where it is called outside a step, as its own `__call__` does.
+  `jnp.asarray(x)` says it, or `x: ArrayLike` in the model. A compiled step takes batches of NumPy arrays as they are.
+- Params may be any tree that optax knows, since `optax.apply_updates` is typed as returning one: so the checkers let an
+  array, a number or a carry pass for them. At the first call it is an error that says what came.
 """
 
 
