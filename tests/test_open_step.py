@@ -1,5 +1,6 @@
 """Steps of real programs, opened between the gradient and the optimizer, beside the same steps by hand: bit for bit."""
 
+import inspect
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import flaxsplit as fs
 
 from .flags import needs_jit, needs_x32
-from .models import X, Y
+from .models import X, Y, structure
 from .test_hlo import instructions
 
 pytestmark = [needs_jit, needs_x32]
@@ -43,7 +44,7 @@ APPLY: Any = fs.with_mutable(MODEL)  # Any: the module's own signature has no `r
 
 def assert_equal(ours: Any, theirs: Any) -> None:
     """Compares two trees bit for bit."""
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    assert structure(ours) == structure(theirs)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(_raw, ours), jax.tree.map(_raw, theirs))
 
 
@@ -510,22 +511,20 @@ def test_keys_and_metrics_as_arguments_of_an_nnx_module() -> None:
     fn, params, state = fs.from_nnx(Holder())
     carry, _ = run(fs.with_optimizer(fn, TX), fs.init_carry(params, state, TX), BATCH, KEY)
     model = fs.to_nnx(Holder(), carry.params, carry.state)
-    theirs, optimizer = Holder(), None
-    graphdef, own, rest = nnx.split(theirs, nnx.Param, ...)
+    split: Any = nnx.split
+    graphdef, own, rest = split(Holder(), nnx.Param, ...)
     optimizer = TX.init(own)
+    copies: Any = {"copy": True} if "copy" in inspect.signature(nnx.merge).parameters else {}  # flax < 0.11 lacks it
     losses = []
     for _ in range(5):
 
         def loss(own: Any, rest: Any) -> Any:
-            module = nnx.merge(graphdef, own, rest, copy=True) if _COPIES else nnx.merge(graphdef, own, rest)
+            module = nnx.merge(graphdef, own, rest, **copies)
             value = module(BATCH, KEY)
-            return value, nnx.split(module, nnx.Param, ...)[2]
+            return value, split(module, nnx.Param, ...)[2]
 
         (value, rest), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(own, rest)
         updates, optimizer = jax.jit(TX.update)(grads, optimizer, own)
         own = optax.apply_updates(own, updates)
         losses.append(float(value))
     np.testing.assert_allclose(float(model.metric.compute()), np.mean(losses), rtol=1e-5)
-
-
-_COPIES = "copy" in __import__("inspect").signature(nnx.merge).parameters
