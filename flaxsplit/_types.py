@@ -112,7 +112,7 @@ class ApplyFn(Protocol):
     def __call__(self, variables: Variables, /, *args: Any, **kwargs: Any) -> Any: ...
 
 
-StatefulT = TypeVar("StatefulT", bound=Callable[Concatenate[Any, Any, ...], tuple[object, Any]])
+StatefulT = TypeVar("StatefulT", bound=Callable[Concatenate[Any, Any, ...], tuple[Any, Any]])
 """Bounds what combinators take and give back unchanged, so that a model's own signature survives a stack of them."""
 
 StepT = TypeVar("StepT", bound=Callable[Concatenate[Any, Any, ...], tuple[Any, Any]])
