@@ -21,10 +21,10 @@ export RECORD ?=
 NOX := $(BIN)/nox
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test checked fuzz bench soak mutants types types-once docs lint audit flags versions lowest newest check clean
+.PHONY: help demo test checked fuzz bench gpu soak mutants types types-once docs lint audit flags versions lowest newest check clean
 .DELETE_ON_ERROR:
 # The first line says what the target runs on: an environment that is there keeps the Python that it was made with.
-ifneq ($(filter demo test checked fuzz bench docs,$(MAKECMDGOALS)),)
+ifneq ($(filter demo test checked fuzz bench gpu docs,$(MAKECMDGOALS)),)
 $(info python: $(shell $(or $(wildcard $(BIN)/python),$(PYTHON)) -c 'import platform, sys; print(platform.python_version(), "of", sys.base_prefix)'))
 endif
 # What XLA compiled once is read back in the next run and in the next check. Benchmarks and the demo compile themselves.
@@ -61,6 +61,14 @@ bench: $(VENV)/.installed-bench  ## every benchmark once, quickly
 	$(BIN)/python -m benchmarks --quick --out build/benchmarks
 	$(BIN)/python -m benchmarks report --out build/benchmarks
 	@echo "make bench: done"
+
+# Installs nothing: it runs where jax, flax, optax, equinox, jaxtyping, rich, matplotlib and typing_extensions are. A smoke of
+# the same claims comes first, so that a missing package shows at once. MINUTES=, OUT= and RESUME=--resume change the run.
+gpu:  ## the benchmarks in eight minutes, on the accelerator that is there; installs nothing
+	$(PYTHON) -m benchmarks throughput recompilation dispatch scan memory vmap --smoke --minutes 1 --out build/smoke
+	$(PYTHON) -m benchmarks --minutes $(or $(MINUTES),8) $(if $(OUT),--out $(OUT)) $(RESUME)
+	$(PYTHON) -m benchmarks report $(if $(OUT),--out $(OUT))
+	@echo "make gpu: done"
 
 types: types-once  ## mypy and pyright, both strict, and what they must reject; on the oldest Python too
 	@python=$$($(PYTHON) tools/newest.py 3.11) || exit; \

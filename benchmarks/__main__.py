@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from . import _measure as m
+from . import _plan
 
 CLAIMS = (
     "recompilation",
@@ -52,6 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name, text in texts.items():
         effort.add_argument(f"--{name}", dest="effort", action="store_const", const=name, default="quick", help=text)
     parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="where results go; --full: results/<device>")
+    text = "stop in time: the most valuable cases first, each stored at once; with --smoke the smallest sizes"
+    parser.add_argument("--minutes", type=float, metavar="M", help=text)
+    parser.add_argument("--resume", action="store_true", help="with --minutes: go on where a run into --out stopped")
     options = parser.parse_args(arguments)
     if options.claims == ["report"]:
         return report(options.out or HERE / "results" / m.folder_name())
@@ -63,6 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"no such claim: {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
 
+    if options.minutes:
+        sizes = m.EFFORTS["smoke" if options.effort == "smoke" else "lease"]
+        folder = options.out or HERE / "results" / m.folder_name()
+        return planned(options.minutes, options.claims or list(CLAIMS), sizes, folder, options.resume)
     out = options.out or (HERE / "results" / m.folder_name() if options.effort == "full" else None)
     began = time.perf_counter()
     claims, results = options.claims or list(CLAIMS), list[m.Result]()
@@ -80,6 +88,26 @@ def main(arguments: list[str] | None = None) -> int:
     show_summary(results)
     where = f"results in {os.path.relpath(out)}" if out else "nothing stored: --out DIR does"
     console.print(f"benchmarks: done in {time.perf_counter() - began:.0f} s on {m.about()['device']}, {where}")
+    return 0
+
+
+def planned(minutes: float, claims: list[str], effort: m.Effort, folder: pathlib.Path, resume: bool) -> int:
+    """Measures for so many minutes; says what was stored and what was left out."""
+    warnings.simplefilter("ignore")  # what other libraries deprecate is not ours to report
+    began = time.perf_counter()
+    plan = _plan.Plan(minutes, folder, claims)
+    if resume:
+        plan.resume()
+        console.print(f"stored before: {sum(len(each.cases) for each in plan.results.values())} cases")
+    for case in plan.run(effort, lambda words: None):
+        console.print(f"stored {case}, {time.perf_counter() - began:.0f} s")
+    for case in plan.left:
+        console.print(f"left out, no time: {case}")
+    show_summary([*plan.results.values()])
+    console.print(
+        f"benchmarks: planned {60 * minutes:.0f} s, used {time.perf_counter() - began:.0f} s on {m.about()['device']}, "
+        f"{len(plan.left)} cases left out, results in {os.path.relpath(folder)}"
+    )
     return 0
 
 

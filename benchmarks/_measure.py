@@ -29,19 +29,29 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Effort:
-    """How hard to look: `smoke` proves that a benchmark runs, `quick` shows a ratio, `full` is for the record."""
+    """How hard to look: `smoke` proves that a benchmark runs, `quick` shows a ratio, `full` is for the record.
+
+    `lease` is for a device that is there for minutes: the sizes of `quick`, of networks the large ones. Where a run is
+    `planned`, `wants` is asked before each case and may say no: the most valuable come first, and it stops in time.
+    """
 
     name: str
     rounds: int
     seconds: float
+    wants: Callable[[str], bool] = lambda case: True
+    planned: bool = False
 
     def of(self, *, smoke: Iterable[Any], quick: Iterable[Any], full: Iterable[Any]) -> list[Any]:
         """Chooses the sizes to measure."""
-        return [*{"smoke": smoke, "quick": quick, "full": full}[self.name]]
+        sizes = {"smoke": smoke, "quick": quick, "lease": quick, "full": full}
+        return [*sizes[self.name]]
 
 
 _FEWEST = 3
-EFFORTS = {each.name: each for each in (Effort("smoke", _FEWEST, 1), Effort("quick", 40, 4), Effort("full", 300, 20))}
+EFFORTS = {
+    each.name: each
+    for each in (Effort("smoke", _FEWEST, 1), Effort("quick", 40, 4), Effort("lease", 60, 6), Effort("full", 300, 20))
+}
 
 
 @dataclass(frozen=True)
@@ -80,12 +90,13 @@ class Ratio:
 
 @dataclass
 class Result:
-    """What a claim's run is stored as."""
+    """What a claim's run is stored as. `cases` are those that were finished, of a run that may stop between two."""
 
     claim: str
     statement: str
     rows: list[Row]
     effort: str
+    cases: list[str] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=lambda: about())
 
 
@@ -292,7 +303,9 @@ def store(result: Result, folder: pathlib.Path) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result.claim}.json"
     rounded = json.loads(json.dumps(asdict(result)), parse_float=lambda text: float(f"{float(text):.6g}"))
-    path.write_text(json.dumps(rounded, indent=1) + "\n")
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(rounded, indent=1) + "\n")
+    draft.replace(path)  # at once: whoever is killed here leaves the file of before, whole
     return path
 
 

@@ -52,16 +52,14 @@ def many_leaves(leaves: int) -> tuple[Any, Any, fs.Carry, Any]:
 def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     """By hand twice and ours, twenty steps at a time; fewer where a step takes long."""
     batch, task = batch_of(width=16), Task(nets.mlp(8, 16), (16,))
-    mlp = {name: stepper(build(kind, task), batch, STEPS) for name, kind in SAME.items()}
-    yield timed("MLP, 8 layers", mlp, effort, tell, per=STEPS, bounds={OURS: 1.02})
-    names = present(effort.of(smoke=[OURS, HAND], quick=USUAL, full=PEERS))
-    peers = {name: build(name, task) for name in names}
-    check_agree({name: losses_of(peer.step, peer.fresh(), batch, 3) for name, peer in peers.items()})
-    few = STEPS // 4  # some take long
-    loops = {name: stepper(peer, batch, few) for name, peer in peers.items()}
-    notes = missing() if effort.name != "smoke" else {}
-    yield timed("MLP, every peer", loops, effort, tell, per=few, bounds={OURS: 1.02}, notes=notes)
+    if effort.wants("MLP, 8 layers"):
+        mlp = {name: stepper(build(kind, task), batch, STEPS) for name, kind in SAME.items()}
+        yield timed("MLP, 8 layers", mlp, effort, tell, per=STEPS, bounds={OURS: 1.02})
+    if effort.wants("MLP, every peer"):
+        yield every_peer(effort, tell, task, batch)
     for leaves in effort.of(smoke=[10], quick=[10, 100, 1000], full=[10, 30, 100, 300, 1000, 3000, 10_000]):
+        if not effort.wants(f"{leaves} leaves"):
+            continue
         hand, mine, carry, given = many_leaves(leaves)
         steps = max(1, min(STEPS, 2000 // leaves))
         yield timed(
@@ -73,3 +71,14 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
             bounds={OURS: 1.02},
             x=leaves,
         )
+
+
+def every_peer(effort: Effort, tell: Tell, task: Task, batch: Any) -> Row:
+    """The MLP by everyone, fewer steps at a time: some take long."""
+    names = present(effort.of(smoke=[OURS, HAND], quick=USUAL, full=PEERS))
+    peers = {name: build(name, task) for name in names}
+    check_agree({name: losses_of(peer.step, peer.fresh(), batch, 3) for name, peer in peers.items()})
+    few = STEPS // 4
+    loops = {name: stepper(peer, batch, few) for name, peer in peers.items()}
+    notes = missing() if effort.name != "smoke" else {}
+    return timed("MLP, every peer", loops, effort, tell, per=few, bounds={OURS: 1.02}, notes=notes)

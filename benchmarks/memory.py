@@ -17,6 +17,8 @@ from ._peers import Task, build
 def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     """Reads XLA's buffer assignment."""
     for width in effort.of(smoke=[16], quick=[64, 512], full=[64, 512, 2048]):
+        if not effort.wants(f"width {width}"):
+            continue
         tell(f"width {width}")
         task, batch = Task(mlp(8, width), (width,)), batch_of(256, width)
         peers = {name: build(name, task) for name in (HAND, OURS)}

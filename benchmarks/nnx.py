@@ -85,6 +85,8 @@ def ours(tx: optax.GradientTransformation, take: Any = flat, give: Any = nested)
 
 def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     """By hand twice and ours, over each kind of dicts, and NNX's two; twenty steps at a time."""
+    if not effort.wants("all of it"):
+        return
     tx, batch = optax.adam(1e-3), batch_of(width=WIDTH)
     task = Task(nets.mlp(8, WIDTH), (WIDTH,))
 

@@ -291,6 +291,16 @@ def beside(titles: Sequence[str], names: Sequence[str], thorough: bool, flags: s
 def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     """Every scenario by every implementation that is there; a quick run looks at the usual form of each."""
     names = present(effort.of(smoke=[OURS, HAND], quick=USUAL, full=PEERS))
+    absent = missing() if effort.name != "smoke" else {}
+    if effort.planned:  # one after the other, so that it can stop between two
+        for title in SCENARIOS:
+            if effort.wants(title):
+                mesh = [title], names, False, f"--xla_force_host_platform_device_count={DEVICES}"
+                found = beside(*mesh) if title == MESH else cells_of([title], names, False, tell)
+                yield from rows_of(title, found[title], absent)
+        return
+    if not effort.wants("every situation"):
+        return
     tell("the same losses")
     plain = {name: build(name, task()) for name in names}
     check_agree({name: losses_of(peer.step, peer.fresh(), BATCH) for name, peer in plain.items()})
@@ -302,13 +312,16 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
         own = cells_of(titles, names[:half], thorough, tell)
         tell("what the process beside counts")
         found = {title: {**own[title], **rest.result()[title]} for title in titles} | placed.result()
-    for title, scenario in SCENARIOS.items():
-        notes = {name: words for name, (_, words) in found[title].items()} | {
-            name: words for name, words in missing().items() if effort.name != "smoke"
-        }
-        for i, unit in ((0, "traces"), (1, "compiles")):
-            samples = {name: [float(count[i])] for name, (count, _) in found[title].items() if count}
-            yield Row(title, unit, samples, OURS, notes=notes, work={"possible": scenario.possible})
+    for title in SCENARIOS:
+        yield from rows_of(title, found[title], absent)
+
+
+def rows_of(title: str, found: dict[str, Any], absent: dict[str, str]) -> Iterator[Row]:
+    """Traces and compiles of one situation, with a sentence for each implementation."""
+    notes = {name: words for name, (_, words) in found.items()} | absent
+    for i, unit in ((0, "traces"), (1, "compiles")):
+        samples = {name: [float(count[i])] for name, (count, _) in found.items() if count}
+        yield Row(title, unit, samples, OURS, notes=notes, work={"possible": SCENARIOS[title].possible})
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ def _against_steps(width: int, sizes: list[int], effort: Effort, tell: Tell) -> 
     step = ours(model, tx)
     each = fs.jit_step(step)
     for size in sizes:
+        case = f"{size} steps, {width} wide"
+        if not effort.wants(case):
+            continue
         stacked = jax.tree.map(lambda leaf, size=size: jnp.stack([leaf] * size), batch)
         repeats = max(1, 50 // size)
         contenders = {
@@ -41,5 +44,4 @@ def _against_steps(width: int, sizes: list[int], effort: Effort, tell: Tell) -> 
         }
         # dispatch dominates in narrow layers, once a dispatch is shared by ten steps
         bounds = {"scan_steps": 0.35} if width == 16 and size >= 10 else {}
-        case = f"{size} steps, {width} wide"
         yield timed(case, contenders, effort, tell, per=size * repeats, baseline=EACH, bounds=bounds, x=size)

@@ -5,6 +5,7 @@ and in one copy (bytes), in the same run. FLOPs and bytes of a step are XLA's, b
 """
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import optax
 
 from . import _nets as nets
-from ._measure import AGAIN, HAND, OURS, Effort, Row, Run, Tell, in_turn, seconds, timed
+from ._measure import AGAIN, HAND, OURS, Effort, Row, Run, Tell, in_turn, memory_of, seconds, timed
 from ._peers import (
     BEST,
     EQUINOX,
@@ -49,6 +50,7 @@ def task_of(name: str, side: int, compute: Any) -> Task:
         "MLP": ((*nets.mlp(8, 512)[:-1], nets.Dense(CLASSES)), (512,)),
         "ResNet-18": (nets.resnet(18), (side, side, 3)),
         "ResNet-50": (nets.resnet(50), (side, side, 3)),
+        "ResNet-50, narrow": (nets.resnet(50, width=4), (side, side, 3)),
         "transformer, small": (nets.transformer(2, 128, 4), (side, 128)),
         "transformer": (nets.transformer(12, 768, 12), (side, 768)),
     }
@@ -61,6 +63,11 @@ Sizes = dict[str, list[tuple[str, int, Any, int | None]]]
 CPU: Sizes = {
     "smoke": [("MLP", 0, None, 8)],
     "quick": [("MLP", 0, None, 256), ("transformer, small", 32, None, 16)],
+    "lease": [  # stand-ins: the same plan, small enough for two cores
+        ("ResNet-50, narrow", 32, BF16, None),
+        ("transformer, small", 16, BF16, 8),
+        ("MLP", 0, None, 64),
+    ],
     "full": [
         *(("MLP", 0, dtype, size) for dtype in (None, BF16) for size in (64, 1024)),
         *(("ResNet-18", 32, dtype, 32) for dtype in (None, BF16)),
@@ -71,6 +78,12 @@ CPU: Sizes = {
 ACCELERATOR: Sizes = {
     "smoke": CPU["smoke"],
     "quick": [("MLP", 0, None, 1024), ("ResNet-18", 224, BF16, 64), ("transformer, small", 128, BF16, 64)],
+    "lease": [
+        ("ResNet-50", 224, BF16, None),
+        ("transformer", 512, BF16, 16),
+        ("ResNet-18", 224, BF16, 256),
+        ("MLP", 0, BF16, 16_384),
+    ],
     "full": [
         *(("MLP", 0, dtype, size) for dtype in (None, BF16) for size in (1024, 16_384)),
         *(("ResNet-18", 224, dtype, 256) for dtype in (None, BF16)),
@@ -91,6 +104,8 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     for name, side, compute, examples in sizes[effort.name]:
         task = task_of(name, side, compute)
         case = f"{name}{f' of {side}' if side else ''}, {'bf16' if compute else 'f32'}"
+        if not effort.wants(case):
+            continue
         tell(f"{case}: the most that this device does")
         if compute not in peaks:
             peaks[compute] = dict(peak(compute or jnp.float32, effort))
@@ -158,17 +173,17 @@ def peak(dtype: Any, effort: Effort) -> Iterator[tuple[str, float]]:
 
 
 def largest(task: Task, tell: Tell) -> int:
-    """The largest power of two of examples whose step fits into the memory, beside the carries of the others."""
-    peer, size = build(HAND, task), 64
-    carries = [peer.fresh() for _ in range(len(BESTS) + 1)]
-    while size < 2**16:
-        tell(f"does a batch of {size * 2} fit?")
-        try:
-            carry, _ = jax.block_until_ready(peer.step(carries.pop(), batch_of(task, size * 2)))
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            break
-        carries.append(carry)
-        size *= 2
-    return size
+    """The largest power of two of examples whose step fits into the memory, beside the carries of all contenders.
+
+    XLA says what a step of few examples needs; what it needs for more grows with them. One compile is enough.
+    """
+    tell("how much memory does an example take?")
+    peer, few = build(HAND, task), 8 if jax.default_backend() == "cpu" else 64
+    carry = peer.fresh()
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(carry)) * (len(BESTS) + 3)
+    batch = batch_of(task, few)
+    given = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
+    each = (memory_of(peer.step, carry, batch).temp_size_in_bytes + 2 * given) / few
+    device: Any = jax.devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit", 2**28)  # the CPU tells none: a stand-in
+    return int(2 ** max(3, math.floor(math.log2(max(1.0, (0.85 * limit - held) / each)))))

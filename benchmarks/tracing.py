@@ -25,6 +25,8 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     """Trace, lower and compile apart, one after another; a trace is quick, so it is taken many times more, alone."""
     batch = batch_of(width=16)
     for depth in effort.of(smoke=[2], quick=[2, 16], full=[2, 8, 32, 100, 200]):
+        if not effort.wants(f"{depth} layers"):
+            continue
         task = Task(mlp(depth, 16), (16,))
         given = {name: (build(kind, task).fresh(), batch) for name, kind in SAME.items()}
         patient = replace(effort, seconds=effort.seconds * max(1, depth / 40))

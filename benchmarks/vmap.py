@@ -35,6 +35,8 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     """The batched model twice, for the noise floor, and the mapped one, by hand too; and what XLA made of each."""
     tx = optax.sgd(1e-2)
     for width in effort.of(smoke=[16], quick=[256], full=[64, 256, 1024]):
+        if not effort.wants(f"width {width}"):
+            continue
         batch = batch_of(256, width)
         batched, single = dense_norm(layers=4, width=width), dense_norm(layers=4, width=width, axis_name="batch")
         carry = start(batched, tx, batch[0])
