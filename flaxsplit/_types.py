@@ -109,7 +109,7 @@ class ApplyFn(Protocol):
     def __call__(self, variables: Variables, /, *args: Any, **kwargs: Any) -> Any: ...
 
 
-StatefulT = TypeVar("StatefulT", bound=Callable[Concatenate[Any, Any, ...], tuple[object, Any]])
+StatefulT = TypeVar("StatefulT", bound=Callable[Concatenate[Any, Any, ...], tuple[Any, Any]])
 """Bounds what combinators take and give back unchanged, so that a model's own signature survives a stack of them."""
 
 StepT = TypeVar("StepT", bound=Callable[Concatenate[Any, Any, ...], tuple[Any, Any]])
@@ -151,6 +151,9 @@ class Step(Protocol[BatchT_contra, OutT_co, RestP, CarryT]):
 
 class HostStep(Protocol[BatchT_contra, OutT_co, RestP]):
     """A `Step` over a `Carry` that takes batches of NumPy arrays, too, whatever its loss function says of the batch."""
+
+    @property
+    def __name__(self) -> str: ...
 
     def __call__(
         self, carry: Carry, batch: BatchT_contra | HostBatch, *args: RestP.args, **kwargs: RestP.kwargs
