@@ -1,5 +1,8 @@
 # Needs make and Python >= 3.11, nothing else: each target first builds the virtual environment that it runs in.
-PYTHON ?= python3
+# By default the newest CPython that is there, so that jax and flax are those of today; PYTHON= names another one.
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(or $(shell python3 tools/newest.py 3.13 3.12 3.11),python3)
+endif
 VENV ?= .venv
 # What `make lowest` and `make newest` run on: the first that is there.
 OLDER ?= 3.11 3.12 3.13
@@ -20,6 +23,14 @@ NOX := $(BIN)/nox
 .DEFAULT_GOAL := help
 .PHONY: help demo test checked fuzz bench soak mutants types types-once docs lint audit flags versions lowest newest check clean
 .DELETE_ON_ERROR:
+# The first line says what the target runs on: an environment that is there keeps the Python that it was made with.
+ifneq ($(filter demo test checked fuzz bench docs,$(MAKECMDGOALS)),)
+$(info python: $(shell $(or $(wildcard $(BIN)/python),$(PYTHON)) -c 'import platform, sys; print(platform.python_version(), "of", sys.base_prefix)'))
+endif
+# What XLA compiled once is read back in the next run and in the next check. Benchmarks and the demo compile themselves.
+test checked fuzz mutants flags versions lowest newest: export JAX_COMPILATION_CACHE_DIR ?= $(abspath build/jax)
+test checked fuzz mutants flags versions lowest newest: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+test checked fuzz mutants flags versions lowest newest: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 # Two installations at once into one environment would break it.
 .NOTPARALLEL:
 
@@ -51,9 +62,9 @@ bench: $(VENV)/.installed-bench  ## every benchmark once, quickly
 	$(BIN)/python -m benchmarks report --out build/benchmarks
 	@echo "make bench: done"
 
-types: types-once  ## mypy and pyright, both strict, and what they must reject; on a newer Python too
-	@python=$$($(PYTHON) tools/newest.py 3.12 3.13) || exit; \
-	if [ -z "$$python" ]; then echo "types: no newer Python found, checked with this one"; exit; fi; \
+types: types-once  ## mypy and pyright, both strict, and what they must reject; on the oldest Python too
+	@python=$$($(PYTHON) tools/newest.py 3.11) || exit; \
+	if [ -z "$$python" ]; then echo "types: no CPython 3.11 found, checked with this one"; exit; fi; \
 	$(MAKE) --no-print-directory types-once PYTHON="$$python" VENV=$(VENV)-types
 	@echo "make types: no errors"
 
@@ -98,7 +109,7 @@ lowest: $(VENV)/.installed-versions  ## the tests with the oldest dependencies s
 	$(NOX) --error-on-missing-interpreters -s "versions($$python-lowest)" $(if $(TESTS),-- $(TESTS))
 	@echo "make lowest: all tests passed"
 
-newest: $(VENV)/.installed-versions  ## the tests with the newest dependencies, on Python 3.12
+newest: $(VENV)/.installed-versions  ## the tests with the newest dependencies, on Python 3.12, on the built wheel
 	@python=$$($(BIN)/python tools/newest.py --name $(NEWER)) || exit; \
 	if [ -z "$$python" ]; then echo "newest: skipped, no CPython >= 3.12 found"; exit; fi; set -ex; \
 	$(NOX) --error-on-missing-interpreters -s empty "versions($$python-newest)" $(if $(TESTS),-- $(TESTS)); \

@@ -18,9 +18,7 @@ T = TypeVar("T")
 
 
 @checked
-def init_carry(
-    params: AnyParams, state: Tree, tx: Transformation, *, sharding: Sharding | None = None
-) -> Carry:
+def init_carry(params: AnyParams, state: Tree, tx: Transformation, *, sharding: Sharding | None = None) -> Carry:
     """Makes the carry that a step threads.
 
     Law: it has the values of `Carry(0, params, state, tx.init(params))`, and a step gives it back in the same

@@ -21,10 +21,7 @@ from ._refusals.improve import (
     UNEVEN,
     UNSYNCED,
 )
-from ._types import AuxT, AxisName, BatchT, Carry, GivenLoss, GradFn, P, ParamsT, State, Tree
-
-OVERWRITTEN = "_overwrite_with_gradient"
-"""The collection whose gradient is its next value, as Flax and others name it: scales and amax histories of fp8."""
+from ._types import OVERWRITTEN, AuxT, AxisName, BatchT, Carry, GivenLoss, GradFn, P, ParamsT, State, Tree
 
 
 @overload
@@ -132,9 +129,10 @@ def _objective(loss_fn: Any, has_aux: bool, axis_name: AxisName | None) -> Calla
     def objective(learned: tuple[Any, Any], state: Tree, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         params, overwritten = learned
         result = loss_fn(params, {**state, **overwritten}, *args, **kwargs)
-        MISRETURNED.unless(_is_returned(result, has_aux), result, has_aux)
+        MISRETURNED.unless(_is_returned(result, has_aux), result, has_aux, params)
         out, new_state = result
         new_state = check_drift("value_and_grad(loss_fn)", "state", state, new_state)
+        new_state = {**new_state, **{name: state[name] for name in overwritten}}  # the gradient is what comes next
         differ = (f"{path}: differs per device" for path in unsynced(state, new_state, axis_name))
         UNSYNCED.if_any(differ, axis=repr(axis_name))
         loss, aux = out if has_aux else (out, ())

@@ -17,7 +17,7 @@ from ._describe import describe, plain, wraps
 from ._errors import CollectionError, SignatureError, UntouchedStateWarning
 from ._filters import flatten, keyed
 from ._split import check_halves, merge_state
-from ._types import AnyParams, ApplyFn, LinenModule, Mutable, State, Stateful, Tree
+from ._types import OVERWRITTEN, AnyParams, ApplyFn, LinenModule, Mutable, State, Stateful, Tree
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -122,7 +122,7 @@ def with_mutable(
         result = _applied(apply, names, captured, state, variables, args, kwargs)
         out, updated = two_of(result, "with_mutable(fn)", "fn(variables, *args, mutable=[...]) -> (out, updated)")
         new_state = {**state, **{name: plain(updated[name]) for name in names if name in updated}}
-        _warn_untouched(names, variables, new_state)
+        _warn_untouched([name for name in names if name != OVERWRITTEN], variables, new_state)
         return ((out, _sown(captured, updated)) if captured else out), new_state
 
     return stateful
@@ -313,7 +313,7 @@ def _misshapen(sentence: str) -> CollectionError:
     )
 
 
-def _warn_untouched(names: tuple[str, ...], before: Tree, after: Tree) -> None:
+def _warn_untouched(names: Sequence[str], before: Tree, after: Tree) -> None:
     """Flax hands an unwritten leaf back as the very same object, eagerly and while tracing, so `is` decides."""
     old = jax.tree.leaves([before[name] for name in names])
     new = jax.tree.leaves([after[name] for name in names])

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._checks import check_count, checked, is_function, two_of
-from ._describe import abstract, is_array, wraps
+from ._describe import describe, is_array, is_numeric, wraps
 from ._drift import check_drift
-from ._refusals.improve import BATCHES, LEADING, SCAN_STEP, leading
+from ._refusals.improve import BATCH, BATCHES, LEADING, SCAN_STEP, leading
 from ._types import StepT
 
 BatchT = TypeVar("BatchT")
@@ -88,10 +88,18 @@ def stack_batches(batches: Iterable[BatchT], size: int) -> Iterator[BatchT]:
 
 
 def _stacks(batches: Iterable[Any], size: int) -> Iterator[Any]:
-    for _, same in itertools.groupby(batches, key=lambda batch: jax.tree.flatten(abstract(batch))):
+    for _, same in itertools.groupby(batches, key=_type_of):
         while group := list(itertools.islice(same, size)):
             yield jax.tree.map(_stacked, *group)
 
 
+def _type_of(batch: Any) -> Any:
+    """What batches of one stack have in common: structure, shapes, dtypes, and that a number is one of Python."""
+    BATCH.unless_all(is_numeric, batch, "batch")
+    return jax.tree.flatten(jax.tree.map(lambda leaf: describe(leaf) if is_array(leaf) else type(leaf), batch))
+
+
 def _stacked(*leaves: Any) -> Any:
-    return np.stack(leaves) if not any(isinstance(leaf, jax.Array) for leaf in leaves) else jnp.stack(leaves)
+    """Numbers of Python stay weakly typed, so that a scanned step promotes them as a loop does."""
+    on_host = all(isinstance(leaf, np.ndarray | np.generic) for leaf in leaves)
+    return np.stack(leaves) if on_host else jnp.stack([jnp.asarray(leaf) for leaf in leaves])

@@ -34,6 +34,9 @@ GradsT = TypeVar("GradsT", default=dict[str, Any])
 ParamsT_contra = TypeVar("ParamsT_contra", contravariant=True, default=dict[str, Any])
 CarryT = TypeVar("CarryT", default="Carry")
 
+OVERWRITTEN = "_overwrite_with_gradient"
+"""The collection whose gradient is its next value, as Flax and others name it: scales and amax histories of fp8."""
+
 Tree: TypeAlias = Mapping[str, Any]
 """A nested mapping of leaves. `Params` and `State`, which flaxsplit makes, are plain dicts."""
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float
 from ._checks import check_tx, checked
 from ._describe import describe, differences, form_of, is_array, is_numeric, same_structure, wraps
 from ._drift import check_drift
-from ._gradient import OVERWRITTEN, mean_loss, value_and_grad
+from ._gradient import mean_loss, value_and_grad
 from ._refusals.improve import GRADS, NO_CARRY, NO_COUNT, NOT_NUMERIC, OPT_STATE
-from ._types import AuxT, AxisName, BatchT, Carry, GivenLoss, HostStep, P, State, Transformation
+from ._types import OVERWRITTEN, AuxT, AxisName, BatchT, Carry, GivenLoss, HostStep, P, State, Transformation
 
 
 @checked

@@ -382,7 +382,7 @@ def test_a_step_takes_a_carry_and_the_batch_of_its_loss_and_counts_by_one() -> N
     def squared(params: Any, state: Any, numbers: Any) -> Any:
         return (params["w"] * numbers) ** 2, state
 
-    step = fs.with_optimizer(squared, TX)
+    step: Any = fs.with_optimizer(squared, TX)
     assert step.__name__ == "squared"
     assert [*inspect.signature(step).parameters] == ["carry", "numbers"]
     carry = fs.init_carry({"w": jnp.float32(1)}, {}, TX)

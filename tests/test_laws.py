@@ -382,7 +382,8 @@ def test_a_settled_state_is_a_fixed_point(lead: int, size: int, dtype: Any) -> N
     ]
     assert_equal(fs.settle_state(fn, {}, settled, x), settled)
     words = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), start)
-    abstract = fs.settle_state(fn, {}, words, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    given: Any = jax.ShapeDtypeStruct(x.shape, x.dtype)  # to a checker no array
+    abstract = fs.settle_state(fn, {}, words, given)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(abstract))
     assert abstract["s"]["mean"].shape == settled["s"]["mean"].shape
 

@@ -72,6 +72,40 @@ FLOWS = {
         ["[init_carry] / copied, without weak types, in one place"],
         ["Carry / step, params, state, opt_state"],
     ]),
+    "value_and_grad": Flow(
+        [
+            ["params", "state", "batch, *args"],
+            ["[loss_fn]", "#"],
+            ["loss", "new_state"],
+            ["[jax.grad] / of params alone", "#"],
+            ["(loss, grads) / grads like params", "new_state#2"],
+        ],
+        [
+            ("params", "[loss_fn]"),
+            ("state", "[loss_fn]"),
+            ("batch, *args", "[loss_fn]"),
+            ("[loss_fn]", "loss"),
+            ("[loss_fn]", "new_state"),
+            ("loss", "[jax.grad]"),
+            ("[jax.grad]", "(loss, grads)"),
+            ("new_state", "new_state#2"),
+        ],
+    ),
+    "apply_gradients": Flow(
+        [
+            ["grads", "carry", "new_state"],
+            ["[tx.update] / params, opt_state", "#"],
+            ["[apply_updates]", "#"],
+            ["carry#2 / step + 1, new params, opt_state and state"],
+        ],
+        [
+            ("grads", "[tx.update]"),
+            ("carry", "[tx.update]"),
+            ("[tx.update]", "[apply_updates]"),
+            ("[apply_updates]", "carry#2"),
+            ("new_state", "carry#2"),
+        ],
+    ),
     "with_optimizer": Flow(
         [
             ["carry", "batch"],

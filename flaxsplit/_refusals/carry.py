@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax.core import freeze
 
-from flaxsplit._describe import Difference, differences, place_of, strong
+from flaxsplit._describe import Difference, differences, place_of, same_structure, strong
 from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError, StateDriftError
 
 _INIT = "init_carry(params, state, tx)"
@@ -92,12 +92,22 @@ UNADOPTED = Refusal(
 def DRIFT(where: str, name: str, before: Any, after: Any) -> Explained:  # noqa: N802
     """What comes out is not of the form of what went in."""
     changed = differences(jax.tree.map(strong, before), after, name)
+    part = _part_of(before, after) if name == "state" else None
     return StateDriftError(
         where,
         "what comes out must have the structure, shapes and dtypes of what went in",
         [str(each) for each in changed],
-        *_cause_and_fix(name, changed),
+        *(_cause_and_fix(name, changed) if part is None else (f"{part!r} was returned, and not the state", _WHOLE)),
     )
+
+
+_WHOLE = "return loss, new_state"
+
+
+def _part_of(before: Any, after: Any) -> str | None:
+    """Which collection was returned in the place of all."""
+    kept = before.items() if isinstance(before, Mapping) else ()
+    return next((name for name, tree in kept if jax.tree.leaves(tree) and same_structure(tree, after)), None)
 
 
 def _kind_of(changed: list[Difference]) -> str:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flaxsplit._describe import describe, differences, form_of, is_array, keyed_leaves
+from flaxsplit._describe import describe, differences, form_of, is_array, keyed_leaves, same_structure
 from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError, UnsyncedStateError
 from flaxsplit._types import Carry
 
@@ -63,9 +63,12 @@ UNSYNCED = Refusal(
 
 
 @Guess
-def MISRETURNED(result: Any, has_aux: bool) -> Explained:  # noqa: N802 (a row as the others are)
+def MISRETURNED(result: Any, has_aux: bool, params: Any) -> Explained:  # noqa: N802 (a row as the others are)
     """What a loss function returned, which is no loss with a new state."""
     form = "return (loss, aux), new_state" if has_aux else "return loss, new_state"
+    if isinstance(result, tuple) and len(result) == 2 and _are_gradients(result[1], params):
+        came, cause = "a value and a tree like params", "loss_fn is differentiated already, by jax.value_and_grad"
+        return _misreturned("a loss and the new state", came, cause, "value_and_grad(loss_fn), with the loss itself")
     if not isinstance(result, tuple) or len(result) != 2:
         if isinstance(result, tuple) and len(result) > 2:
             cause, form = "aux is beside the loss, not with it", "return (loss, aux), new_state, and has_aux=True"
@@ -82,6 +85,10 @@ def MISRETURNED(result: Any, has_aux: bool) -> Explained:  # noqa: N802 (a row a
         return _misreturned("a scalar loss first", f"out: {form_of(loss)}", cause, fix)
     cause, instead = _unlike_a_loss(loss)
     return _misreturned("a real scalar loss, f32[]", f"loss: {form_of(loss)}", cause, form.replace("loss", instead, 1))
+
+
+def _are_gradients(tree: Any, params: Any) -> bool:
+    return bool(jax.tree.leaves(params)) and same_structure(tree, params)
 
 
 def _misreturned(required: str, came: str, cause: str, fix: str) -> Explained:
@@ -132,10 +139,36 @@ GRADS = Refusal(
 )
 
 
+PER_EXAMPLE = Refusal(
+    SignatureError,
+    _UPDATE,
+    "tx takes the gradient of each example, with a leading axis",
+    "tx clips every example's gradient (differential privacy), and got their mean",
+    "(loss, grads), state = vmap_stateful(value_and_grad(loss_fn))(carry.params, carry.state, batch), then "
+    "apply_gradients(tx, carry, grads, state)",
+)
+
+
+def _takes(tx: optax.GradientTransformation, carry: Carry, leading: tuple[int, ...]) -> bool:
+    """Whether the optimizer takes gradients that have these axes before those of the params."""
+
+    def update(params: Any, opt_state: Any) -> Any:
+        grads = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*leading, *leaf.shape)), params)
+        return tx.update(grads, opt_state, params)
+
+    try:
+        jax.eval_shape(update, carry.params, carry.opt_state)
+    except Exception:
+        return False
+    return True
+
+
 @Guess
 def OPT_STATE(error: Exception, tx: optax.GradientTransformation, carry: Carry) -> Explained:  # noqa: N802
     """An error of the optimizer: ours, where the carry was made for another one; else its own."""
     made = differences(_strong(jax.eval_shape(tx.init, carry.params)), _strong(carry.opt_state), "carry.opt_state")
+    if not made and _takes(tx, carry, (2,)) and not _takes(tx, carry, ()):
+        return PER_EXAMPLE(f"grads: like carry.params, without an axis of examples ({type(error).__name__})")
     if not made:
         raise error
     return SignatureError(
@@ -194,6 +227,13 @@ LEADING = Refusal(
     "for batches in stack_batches(loader, 10): carry, outs = step(carry, batches)",
 )
 BATCHES = form("stack_batches(batches, size)", "batches must be an iterable of batches", "stack_batches(loader, 10)")
+BATCH = Refusal(
+    SignatureError,
+    "stack_batches(batches, size)",
+    "every leaf of a batch must be an array or a number",
+    "the iterable gives names, records or objects beside arrays, or it is one batch",
+    "stack_batches(({'x': b['x'], 'y': b['y']} for b in loader), 10)",
+)
 JIT_STEP = function("jit_step(step)", "step", "jit_step(with_optimizer(loss_fn, tx))")
 LIKE = Refusal(
     SignatureError,

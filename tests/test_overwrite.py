@@ -1,0 +1,210 @@
+"""A collection whose gradient is its next state: the scales and amax histories of Flax's fp8 layers."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.train_state import TrainState
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flaxsplit as fs
+
+from .flags import needs_jit, needs_x32
+
+pytestmark = [needs_jit, needs_x32]
+NAME = "_overwrite_with_gradient"
+X = jax.random.normal(jax.random.key(0), (32, 16))
+Y = jax.random.normal(jax.random.key(1), (32, 16))
+TX = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2))
+
+
+class Net(nn.Module):
+    """Two fp8 layers, with a BatchNorm between them where that is asked for."""
+
+    norm: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[batch, 16]` to `[batch, 16]`."""
+        x = nn.Dense(32, dot_general_cls=nn.Fp8DirectDotGeneralOp)(x)
+        x = nn.BatchNorm(use_running_average=False)(x) if self.norm else x
+        return nn.Dense(16, dot_general_cls=nn.Fp8DirectDotGeneralOp)(nn.relu(x))
+
+
+class State(TrainState):
+    """Flax's own, with batch statistics."""
+
+    batch_stats: Any = None
+
+
+def loss_of(model: Net) -> Any:
+    """The loss function."""
+    apply = fs.with_mutable(model)
+
+    def loss_fn(params: Any, state: Any, batch: Any) -> Any:
+        out, state = apply(params, state, batch[0])
+        return ((out - batch[1]) ** 2).mean(), state
+
+    return loss_fn
+
+
+def flax_step(model: Net) -> Any:
+    """As in Flax's guide on fp8: the collection lies among what is differentiated, `apply_gradients` overwrites it."""
+
+    @jax.jit
+    def step(state: State, batch: Any) -> tuple[State, Any]:
+        def loss(variables: Any) -> Any:
+            out, updated = model.apply(
+                {**variables, "batch_stats": state.batch_stats}, batch[0], mutable=["batch_stats"]
+            )
+            return ((out - batch[1]) ** 2).mean(), dict(updated).get("batch_stats", {})
+
+        (value, statistics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        return state.apply_gradients(grads=grads, batch_stats=statistics), value
+
+    return step
+
+
+def start(model: Net) -> tuple[State, Any, Any]:
+    """Flax's state; params and state of ours."""
+    variables = model.init(jax.random.key(2), X)
+    learned = {name: variables[name] for name in ("params", NAME)}
+    theirs = State.create(apply_fn=model.apply, params=learned, tx=TX, batch_stats=variables.get("batch_stats", {}))
+    return theirs, *fs.split_params(variables)
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    """Compares two trees bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["alone", "beside BatchNorm"])
+@pytest.mark.parametrize("scan", [False, True], ids=["step", "scan"])
+def test_law_9_a_step_equals_flaxs_train_state_bit_for_bit(norm: bool, scan: bool) -> None:
+    model = Net(norm)
+    theirs, params, state = start(model)
+    carry = fs.init_carry(params, state | {"ema": params}, TX)
+    step = fs.assert_max_traces(fs.with_ema(fs.with_optimizer(loss_of(model), TX), decay=0.9))
+    many = fs.jit_step(fs.scan_steps(step) if scan else step)
+    flax, losses = flax_step(model), []
+    for _ in range(100):
+        theirs, expected = flax(theirs, (X, Y))
+        losses.append(expected)
+    if scan:
+        carry, found = many(carry, jax.tree.map(lambda leaf: jnp.stack([leaf] * 100), (X, Y)))
+        np.testing.assert_allclose(found, jnp.stack(losses), rtol=2e-7)  # a mean is fused otherwise inside a loop
+    else:
+        for expected in losses:
+            carry, loss = many(carry, (X, Y))
+            assert_equal(loss, expected)
+    assert_equal(carry.params, theirs.params["params"])
+    assert_equal(carry.state[NAME], theirs.params[NAME])
+    assert_equal(carry.state.get("batch_stats", {}), theirs.batch_stats)
+    assert_equal(carry.opt_state, theirs.opt_state)
+
+
+def amax(state: Any) -> dict[str, float]:
+    """The newest entry of each amax history of inputs and kernels."""
+    found = jax.tree_util.tree_flatten_with_path(state[NAME])[0]
+    named = {jax.tree_util.keystr(path): float(leaf[0]) for path, leaf in found}
+    return {name: value for name, value in named.items() if "amax" in name and "output_grad" not in name}
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_microbatches_see_the_amax_of_the_whole_batch(count: int) -> None:
+    model = Net()
+    _, params, state = start(model)
+    (_, grads), whole = jax.jit(fs.value_and_grad(loss_of(model)))(params, state, (X, Y))
+    (_, parts_grads), parts = jax.jit(fs.value_and_grad(loss_of(model), microbatches=count))(params, state, (X, Y))
+    assert amax(parts) == amax(whole)
+    assert all(value > 0 for value in amax(whole).values())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.2, atol=0.02), parts_grads, grads)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_devices_see_the_amax_of_the_whole_batch(kind: Any) -> None:
+    model = Net()
+    _, params, state = start(model)
+    _, whole = jax.jit(fs.value_and_grad(loss_of(model)))(params, state, (X, Y))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    per_device = fs.with_optimizer(loss_of(model), TX, axis_name="data")
+    step = jax.shard_map(per_device, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()))
+    carry = fs.init_carry(params, state, TX, sharding=NamedSharding(mesh, P()))
+    carry, _ = jax.jit(step)(carry, jax.device_put((X, Y), NamedSharding(mesh, P("data"))))
+    assert amax(carry.state) == amax(whole)
+
+
+def test_a_collection_of_another_name() -> None:
+    def loss_fn(params: Any, state: Any, batch: Any) -> Any:
+        return (params["w"] * batch).sum() + state["fp8_metas"]["scale"] * 3.0, state
+
+    state = {"fp8_metas": {"scale": jnp.float32(1)}}
+    grad_fn = fs.value_and_grad(loss_fn, overwrite="fp8_metas")
+    (_, grads), new_state = grad_fn({"w": jnp.ones(2)}, state, jnp.ones(2))
+    assert float(new_state["fp8_metas"]["scale"]) == 3.0
+    assert grads.keys() == {"w"}
+    _, untouched = fs.value_and_grad(loss_fn)({"w": jnp.ones(2)}, state, jnp.ones(2))
+    assert float(untouched["fp8_metas"]["scale"]) == 1.0
+
+
+def test_evaluation_reads_the_collection() -> None:
+    model = Net()
+    _, params, state = start(model)
+    out, same = fs.with_mutable(model, mutable=False)(params, state, X)
+    assert out.shape == Y.shape
+    assert_equal(same[NAME], state[NAME])
+
+
+# What others did: each computes something else than Flax, and cannot be written with value_and_grad
+
+
+def by_mistake(mistake: str) -> Any:
+    """Two steps over two microbatches."""
+    model = Net()
+    start_, _, _ = start(model)
+    learned = start_.params
+    clipped = mistake == "clipped"
+
+    def part(learned: Any, i: int) -> Any:
+        return jax.grad(lambda v: ((model.apply(v, X[i::2]) - Y[i::2]) ** 2).mean())(learned)
+
+    @jax.jit
+    def step(learned: Any, opt_state: Any) -> tuple[Any, Any]:
+        first, last = part(learned, 0), part(learned, 1)
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, first, last)
+        seen = (mean, learned) if clipped else (mean["params"], learned["params"])
+        updates, opt_state = TX.update(seen[0], opt_state, seen[1])
+        updated = optax.apply_updates(seen[1], updates)
+        scales = {
+            "none": jax.tree.map(jnp.maximum, first[NAME], last[NAME]),
+            "averaged": mean[NAME],
+            "the last one": last[NAME],
+            "the old one": learned[NAME],
+        }
+        return updated if clipped else {"params": updated, NAME: scales[mistake]}, opt_state
+
+    opt_state = TX.init(learned if clipped else learned["params"])
+    for _ in range(2):
+        learned, opt_state = step(learned, opt_state)
+    return learned
+
+
+@pytest.mark.parametrize("mistake", ["none", "clipped", "averaged", "the last one", "the old one"])
+def test_the_mistakes_of_others_give_other_scales(mistake: str) -> None:
+    model = Net()
+    _, params, state = start(model)
+    carry = fs.init_carry(params, state, TX)
+    step = fs.jit_step(fs.with_optimizer(loss_of(model), TX, microbatches=2))
+    for _ in range(2):
+        carry, _ = step(carry, (X, Y))
+    wrong = by_mistake(mistake)[NAME]
+    equal = all(
+        np.allclose(a, b, rtol=1e-6)
+        for a, b in zip(jax.tree.leaves(carry.state[NAME]), jax.tree.leaves(wrong), strict=True)
+    )
+    assert equal == (mistake == "none")
