@@ -1,7 +1,7 @@
 """Bring a state to the fixed point of a function's shapes, so that the first step compiles the last time."""
 
-from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, ParamSpec, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,13 @@ from ._split import check_halves
 from ._types import AnyParams, State, Tree
 
 P = ParamSpec("P")
+Abstract: TypeAlias = jax.ShapeDtypeStruct | tuple[jax.ShapeDtypeStruct, ...] | Mapping[str, jax.ShapeDtypeStruct]
+"""What has shapes and no values: it stands for an argument, or for a tree of them, whatever `fn` says of it."""
 
 _MOST_ROUNDS = 8
 
 
+@overload
 def settle_state(
     fn: Callable[Concatenate[Any, Any, P], tuple[Any, Any]],
     params: AnyParams,
@@ -34,6 +37,13 @@ def settle_state(
     /,
     *args: P.args,
     **kwargs: P.kwargs,
+) -> State: ...
+@overload
+def settle_state(  # type: ignore[overload-cannot-match]  # to mypy P is broader, until it is what fn takes
+    fn: Callable[..., tuple[Any, Any]], params: AnyParams, state: Tree, abstract: Abstract, /, *args: Any, **kwargs: Any
+) -> State: ...
+def settle_state(
+    fn: Callable[..., tuple[Any, Any]], params: AnyParams, state: Tree, /, *args: Any, **kwargs: Any
 ) -> State:
     """Gives the state whose structure, shapes and dtypes `fn` returns unchanged.
 

@@ -155,6 +155,9 @@ class Step(Protocol[BatchT_contra, OutT_co, RestP, CarryT]):
 class HostStep(Protocol[BatchT_contra, OutT_co, RestP]):
     """A `Step` over a `Carry` that takes batches of NumPy arrays, too, whatever its loss function says of the batch."""
 
+    @property
+    def __name__(self) -> str: ...
+
     def __call__(
         self, carry: Carry, batch: BatchT_contra | HostBatch, *args: RestP.args, **kwargs: RestP.kwargs
     ) -> tuple[Carry, OutT_co]: ...

@@ -211,9 +211,10 @@ def settling() -> None:
     """The call is the function's own."""
     assert_type(fs.settle_state(apply, params, state, x, train=True), dict[str, Any])
     assert_type(fs.settle_state(by_hand, params, state, x), dict[str, Any])
-    fs.settle_state(apply, params, state)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    assert_type(fs.settle_state(apply, params, state, jax.ShapeDtypeStruct((3,), "float32"), True), dict[str, Any])
+    fs.settle_state(apply, params, state)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     fs.settle_state(apply, params, state, x, trian=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    fs.settle_state(by_hand, params, state, "x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fs.settle_state(by_hand, params, state, "x")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def by_hand(params: dict[str, Any], state: dict[str, Any], x: Array) -> tuple[Array, dict[str, Any]]:

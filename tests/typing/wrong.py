@@ -267,10 +267,10 @@ def wrong_evaluation(params: Tree, state: Tree, x: Array) -> None:
 
 
 def wrong_settling(params: Tree, state: Tree, x: Array) -> None:
-    fs.settle_state(apply, params, state)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    fs.settle_state(apply, params, state, "x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fs.settle_state(apply, params, state)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    fs.settle_state(apply, params, state, "x")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     fs.settle_state(apply, params, state, x, trian=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    fs.settle_state(grads_of, params, state, x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    fs.settle_state(grads_of, params, state, x)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
 
 
 def wrong_averages() -> None:
