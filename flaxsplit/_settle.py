@@ -1,7 +1,7 @@
 """Bring a state to the fixed point of a function's shapes, so that the first step compiles the last time."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, ParamSpec, TypeAlias, overload
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, overload
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,9 @@ from ._describe import (
 )
 from ._errors import StateDriftError
 from ._split import check_halves
-from ._types import AnyParams, State, Tree
+from ._types import Abstract, AnyParams, State, Tree
 
 P = ParamSpec("P")
-Abstract: TypeAlias = jax.ShapeDtypeStruct | tuple[jax.ShapeDtypeStruct, ...] | Mapping[str, jax.ShapeDtypeStruct]
-"""What has shapes and no values: it stands for an argument, or for a tree of them, whatever `fn` says of it."""
-
 _MOST_ROUNDS = 8
 
 

@@ -52,6 +52,17 @@ class HostArray(Protocol):
     def fill(self, value: Any, /) -> None: ...
 
 
+class AbstractArray(Protocol):
+    """A `jax.ShapeDtypeStruct`, told by what no array has: it can be copied with another shape."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    def update(self, **kwargs: Any) -> Any: ...
+
+
+Abstract: TypeAlias = AbstractArray | tuple[AbstractArray, ...] | Mapping[str, AbstractArray]
+"""What has shapes and no values: it stands for an argument, or for a tree of them, whatever a function says of it."""
 HostBatch: TypeAlias = HostArray | tuple[HostArray, ...] | Mapping[str, HostArray]
 """A batch as loaders give it. Not recursive: mypy cannot take such a union apart again, and calls right steps wrong."""
 Transformation: TypeAlias = optax.GradientTransformation | optax.MultiSteps
