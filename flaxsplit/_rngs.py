@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from ._axes import check_bound
-from ._checks import check_function, checked
+from ._checks import checked, is_function
 from ._describe import describe, is_array, wraps
-from ._errors import CollectionError, SignatureError
+from ._refusals.run import KEYS, NO_KEYS, NO_RNGS, OWN_RNGS, RNGS_FN
 from ._split import check_halves
 from ._types import AxisName, PRNGKey, State, StatefulT, Tree
 
@@ -33,15 +33,8 @@ def rng_state(**keys: PRNGKey) -> State:
     Raises:
         SignatureError: what was given is not a key.
     """
-    strange = [f"{name}: {describe(key)}" for name, key in keys.items() if not _is_key(key)]
-    if strange or not keys:
-        raise SignatureError(
-            "rng_state(**keys)",
-            "at least one stream, each a PRNG key",
-            strange or ["no stream"],
-            "a seed was passed instead of a key" if strange else "the streams were forgotten",
-            f"rng_state({next(iter(keys), 'dropout')}=jax.random.key(0))",
-        )
+    wrong = [name for name, key in keys.items() if not _is_key(key)]
+    KEYS.unless(keys and not wrong, keys, wrong)
     return {"rngs": dict(keys)}
 
 
@@ -78,7 +71,7 @@ def with_rngs(fn: StatefulT, *, axis_name: AxisName | None = None) -> StatefulT:
 
     As Flax's `rngs=` argument, but the keys live in the carry, so that a checkpoint and a scan continue the streams.
     """
-    check_function("with_rngs(fn)", "fn", fn, "with_rngs(with_mutable(model))")
+    RNGS_FN.unless(is_function(fn), fn=fn)
 
     @wraps(fn)
     def stateful(params: Tree, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
@@ -121,29 +114,13 @@ def _per_place(keys: dict[str, Any], axis_name: AxisName | None) -> dict[str, An
 
 def _check_rngs(state: Tree, kwargs: Mapping[str, Any]) -> None:
     rngs = state.get("rngs", {})
-    if isinstance(rngs, Mapping) and not rngs:
-        raise CollectionError(
-            "with_rngs(fn)",
-            "the state must have an 'rngs' collection",
-            [f"state: {sorted(map(str, state))}"],
-            "rng_state was not merged into the state",
-            "init_carry(params, state | rng_state(dropout=key), tx)",
-        )
-    streams = rngs.items() if isinstance(rngs, Mapping) else []
-    strange = [f"state['rngs'][{name!r}]: {describe(key)}" for name, key in streams if not _is_key(key)]
-    if strange or not streams:
-        raise SignatureError(
-            "with_rngs(fn)",
-            "state['rngs'] must hold one PRNG key per stream",
-            strange or [f"state['rngs']: {describe(rngs)}"],
-            "a seed, or another collection, is there",
-            "state | rng_state(dropout=jax.random.key(0))",
-        )
+    NO_RNGS.unless(not isinstance(rngs, Mapping) or rngs, f"state: {sorted(map(str, state))}")
+    NO_KEYS.unless(isinstance(rngs, Mapping), f"state['rngs']: {describe(rngs)}")
+    wrong = ((name, key) for name, key in rngs.items() if not _is_key(key))
+    NO_KEYS.if_any(f"state['rngs'][{name!r}]: {describe(key)}" for name, key in wrong)
     if "rngs" in kwargs:
-        raise SignatureError(
-            "with_rngs(fn)",
-            "rngs come from state['rngs']",
-            [f"rngs={sorted(kwargs['rngs'])} in the call"],
-            "keys were passed by hand to a function that draws its own",
-            "fn(params, state, x), or with_mutable(model)(params, state, x, rngs=...)",
-        )
+        OWN_RNGS.unless(False, f"rngs={_names(kwargs['rngs'])} in the call")
+
+
+def _names(rngs: Any) -> Any:
+    return sorted(rngs) if isinstance(rngs, Mapping) else describe(rngs)

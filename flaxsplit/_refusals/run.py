@@ -1,6 +1,12 @@
 """Refusals of what runs a function over the parts: apply functions, keys, lanes, settling."""
 
-from flaxsplit._errors import Refusal, SignatureError
+from collections.abc import Mapping
+from typing import Any
+
+from flaxsplit._describe import describe
+from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError
+
+from .options import function
 
 # ---- named axes
 
@@ -10,4 +16,43 @@ UNBOUND = Refusal(
     "the axis must be bound by an enclosing shard_map, vmap or pmap",
     "the name is misspelt, or the call is in a plain jit, where the mesh needs no name",
     "jax.shard_map(step, mesh=mesh, ...) over a mesh with that axis; or no axis_name",
+)
+
+# ---- rng_state, with_rngs
+
+RNGS_FN = function("with_rngs(fn)", "fn", "with_rngs(with_mutable(model))")
+
+
+@Guess
+def KEYS(keys: Mapping[str, Any], wrong: list[str]) -> Explained:  # noqa: N802 (a row as the others are)
+    """Streams that are none, or that are no keys."""
+    return SignatureError(
+        "rng_state(**keys)",
+        "at least one stream, each a PRNG key",
+        [f"{name}: {describe(keys[name])}" for name in wrong] or ["no stream"],
+        "a seed was passed instead of a key" if wrong else "the streams were forgotten",
+        f"rng_state({next(iter(keys), 'dropout')}=jax.random.key(0))",
+    )
+
+
+NO_RNGS = Refusal(
+    CollectionError,
+    "with_rngs(fn)",
+    "the state must have an 'rngs' collection",
+    "rng_state was not merged into the state",
+    "init_carry(params, state | rng_state(dropout=key), tx)",
+)
+NO_KEYS = Refusal(
+    SignatureError,
+    "with_rngs(fn)",
+    "state['rngs'] must hold one PRNG key per stream",
+    "a seed, or another collection, is there",
+    "state | rng_state(dropout=jax.random.key(0))",
+)
+OWN_RNGS = Refusal(
+    SignatureError,
+    "with_rngs(fn)",
+    "rngs come from state['rngs']",
+    "keys were passed by hand to a function that draws its own",
+    "fn(params, state, x), or with_mutable(model)(params, state, x, rngs=...)",
 )
