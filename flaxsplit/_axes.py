@@ -32,8 +32,10 @@ def check_bound(where: str, axis_name: AxisName) -> None:
     UNBOUND.if_any((f"axis_name: {name!r} is not bound here" for name in unbound), where=where)
 
 
-def is_bound(axis_name: AxisName) -> bool:
+def is_bound(axis_name: AxisName | None) -> bool:
     """Looks a name up without an instruction: `psum` of a Python number is its count."""
+    if axis_name is None:
+        return False
     try:
         jax.lax.psum(1, axis_name)
     except (NameError, KeyError, AssertionError):  # which of them depends on the version, and on what encloses the call

@@ -203,6 +203,12 @@ def _type_of(leaf: Any) -> tuple[Any, Any]:
     return kind.shape, kind.dtype
 
 
+def same_leaves(before: Any, after: Any) -> bool:
+    """Whether two trees hold the very same objects: what a call did not write comes back as it went in."""
+    old, new = jax.tree.leaves(before), jax.tree.leaves(after)
+    return len(old) == len(new) and all(a is b for a, b in zip(old, new, strict=True))
+
+
 def shapes_of(tree: Any) -> list[tuple[int, ...]]:
     """The shapes of the leaves."""
     return [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]

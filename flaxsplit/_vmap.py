@@ -1,19 +1,32 @@
 """Run it many times at once: a stateful function per example becomes one over the batch."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax.custom_batching import custom_vmap
 
 from ._axes import check_axis_name, is_bound
-from ._checks import check_count, check_form, check_function, checked, two_of
-from ._describe import describe, differences, keyed_leaves, shorten, wraps
-from ._errors import CollectionError, SignatureError, StateDriftError, UnsyncedStateError
+from ._checks import check_count, checked, is_function, two_of
+from ._describe import describe, differences, keyed_leaves, same_leaves, wraps
+from ._refusals.lanes import (
+    AXES,
+    BOUND,
+    COLLECTIONS,
+    IN_AXES,
+    NO_COLLECTION,
+    NO_STREAM,
+    SIZES,
+    SPLIT_RNGS,
+    STATE_AXES,
+    UNSYNCED,
+    VMAP_FN,
+)
 from ._rngs import draw, split_key
 from ._split import check_halves
 from ._types import Axes, State, StatefulT, Tree
+from ._upstream import is_about_out_axes
 
 
 @checked
@@ -63,53 +76,82 @@ def vmap_stateful(
 
     As `jax.vmap`, but it knows params, state and rngs apart.
     """
-    check_function("vmap_stateful(fn)", "fn", fn, "vmap_stateful(with_mutable(model))")
+    VMAP_FN.unless(is_function(fn), fn=fn)
     _check_options(axis_name, state_axes, split_rngs, axis_size, spmd_axis_name)
 
     @wraps(fn)
     def mapped(params: Tree, state: Tree, /, *args: Any, rngs: Any = None, **kwargs: Any) -> tuple[Any, State]:
         check_halves("vmap_stateful(fn)", params, state)
-        _check_unbound(axis_name)
+        BOUND.unless(not is_bound(axis_name), _bound_line(axis_name), name=axis_name)
         axes, arg_axes = _axes_of(state, state_axes), _per_argument(in_axes, args)
-        size = axis_size or _lanes(params, params_axes, state, axes, args, arg_axes)
-        # with_rngs may also be inside: then the lanes must not share the keys that the state holds
-        held = {name: state[name] for name in ("rngs",) if name in state and axes[name] is None}
-        rest = {name: tree for name, tree in state.items() if name not in held}
+        size = axis_size or _size_of(params, params_axes, state, axes, args, arg_axes)
+        streams = _streams_of(state, axes, rngs, split_rngs, size)
+        rest = {name: tree for name, tree in state.items() if name not in streams.held}
         rest_axes = {name: axes[name] for name in rest}
-        advanced, drawn = draw(held.get("rngs", {}))
-        keys, key_axes = _lane_keys((rngs or {}, drawn), split_rngs, size)
-        untouched = True
-
-        def lane(_params: Tree, _rest: Tree, _keys: Any, *_args: Any) -> tuple[Any, State]:
-            nonlocal untouched
-            _state = {**_rest, "rngs": _keys[1]} if held else _rest
-            _given = {} if rngs is None else {"rngs": _keys[0]}
-            _result = fn(_params, _state, *_args, **_given, **kwargs)
-            _out, _new_state = two_of(_result, "vmap_stateful(fn)", "fn(params, state, ...) -> (out, new_state)")
-            _check_collections(_state, _new_state)
-            untouched = not held or _same_leaves(_keys[1], _new_state["rngs"])
-            return _out, {name: _new_state[name] for name in _rest}
-
-        def run(function: Any, out: Any) -> Any:
-            each = jax.vmap(
-                function,
-                in_axes=(params_axes, rest_axes, key_axes, *arg_axes),
-                out_axes=out,
-                axis_name=axis_name,
-                axis_size=size,
-                spmd_axis_name=spmd_axis_name,
-            )
-            return each(params, rest, keys, *args)
-
+        run = functools.partial(
+            _run,
+            (params, rest, streams.keys, *args),
+            (params_axes, rest_axes, streams.key_axes, *arg_axes),
+            axis_name=axis_name,
+            axis_size=size,
+            spmd_axis_name=spmd_axis_name,
+        )
+        lane = functools.partial(_lane, fn, streams, kwargs)
         try:
             out, new_rest = run(lane, (out_axes, rest_axes))
         except ValueError as error:
-            if "out_axes" in str(error):  # its words depend on axis_name
-                _raise_unsynced(lane, run, rest_axes, axis_name, params_axes is not None, error)
-            raise
-        return out, new_rest | (held if untouched else {"rngs": advanced})
+            differing = _differing(lane, run, rest_axes) if is_about_out_axes(error) else []
+            UNSYNCED.instead_of(error, error, differing, axis_name, params_axes is not None)
+        return out, new_rest | (streams.advanced if streams.drawn else streams.held)
 
     return cast(StatefulT, mapped)
+
+
+class _Streams(NamedTuple):
+    """The PRNG streams of one call: those that it is given, and those that the state holds for all lanes.
+
+    Attributes:
+        given: whether the call has `rngs=`.
+        held: `{'rngs': keys}` of the state, if the lanes share it; else empty.
+        advanced: the same as it goes on, once a lane drew from it.
+        keys: for each lane, the keys that were given and its own of those that are held.
+        key_axes: along which axis, for each of these.
+        drawn: filled while tracing, where a lane draws from what is held. With `with_rngs` inside it does.
+    """
+
+    given: bool
+    held: Tree
+    advanced: Tree
+    keys: tuple[Any, ...]
+    key_axes: tuple[Any, ...]
+    drawn: set[str]
+
+
+def _streams_of(state: Tree, axes: Tree, rngs: Any, split: bool | Mapping[str, bool], size: int) -> _Streams:
+    held = {name: state[name] for name in ("rngs",) if name in state and axes[name] is None}
+    advanced, own = draw(held.get("rngs", {}))
+    keys, key_axes = _lane_keys((rngs or {}, own), split, size)
+    return _Streams(rngs is not None, held, {"rngs": advanced}, keys, key_axes, set())
+
+
+def _lane(
+    fn: Callable[..., Any], streams: _Streams, kwargs: Any, params: Any, rest: Tree, keys: Any, *args: Any
+) -> tuple[Any, State]:
+    """One call of `fn`, with the keys of its lane; the state without them."""
+    given, own = keys
+    state = {**rest, "rngs": own} if streams.held else rest
+    call = {**kwargs, "rngs": given} if streams.given else kwargs
+    result = fn(params, state, *args, **call)
+    out, new_state = two_of(result, "vmap_stateful(fn)", "fn(params, state, ...) -> (out, new_state)")
+    if state.keys() != new_state.keys():
+        COLLECTIONS.if_any(map(str, differences(dict(state), dict(new_state), "state")))
+    if streams.held and not same_leaves(own, new_state["rngs"]):
+        streams.drawn.add("rngs")
+    return out, {name: new_state[name] for name in rest}
+
+
+def _run(operands: Any, in_axes: Any, function: Any, out_axes: Any, **options: Any) -> Any:
+    return jax.vmap(function, in_axes=in_axes, out_axes=out_axes, **options)(*operands)
 
 
 def _check_options(axis_name: Any, state_axes: Any, split_rngs: Any, axis_size: Any, spmd_axis_name: Any) -> None:
@@ -118,15 +160,12 @@ def _check_options(axis_name: Any, state_axes: Any, split_rngs: Any, axis_size: 
             check_axis_name(f"vmap_stateful({option}=...)", option, name)
     if axis_size is not None:
         check_count("vmap_stateful(axis_size=...)", axis_size)
-    fits, fix = isinstance(state_axes, Mapping | None), "vmap_stateful(fn, state_axes={'batch_stats': 0})"
-    check_form("vmap_stateful(state_axes=...)", "state_axes", state_axes, fits, "{collection: axes}", fix)
-    fits, fix = isinstance(split_rngs, bool | Mapping), "vmap_stateful(fn, split_rngs={'dropout': True})"
-    check_form("vmap_stateful(split_rngs=...)", "split_rngs", split_rngs, fits, "a bool, or {stream: bool}", fix)
+    STATE_AXES.unless(isinstance(state_axes, Mapping | None), state_axes=state_axes)
+    SPLIT_RNGS.unless(isinstance(split_rngs, bool | Mapping), split_rngs=split_rngs)
 
 
-def _same_leaves(before: Any, after: Any) -> bool:
-    old, new = jax.tree.leaves(before), jax.tree.leaves(after)
-    return len(old) == len(new) and all(a is b for a, b in zip(old, new, strict=True))
+def _bound_line(axis_name: Any) -> str:
+    return f"axis_name: {axis_name!r} is bound by an enclosing vmap, pmap or shard_map"
 
 
 def _lane_keys(rngs: tuple[Any, ...], split: bool | Mapping[str, bool], size: int) -> tuple[Any, Any]:
@@ -135,77 +174,50 @@ def _lane_keys(rngs: tuple[Any, ...], split: bool | Mapping[str, bool], size: in
     def wanted(name: str) -> bool:
         return split if isinstance(split, bool) else split.get(name, True)
 
-    unknown = [] if isinstance(split, bool) else [name for name in split if not any(name in each for each in rngs)]
-    if unknown:
-        streams = sorted({name for each in rngs for name in each})
-        raise CollectionError(
-            "vmap_stateful(split_rngs=...)",
-            "every stream that is named must be among the rngs",
-            [f"{name!r} is not one of {streams}" for name in unknown],
-            "a misspelt stream, or one that the state does not have",
-            "vmap_stateful(fn, split_rngs={'dropout': True})",
-        )
+    streams = sorted({name for each in rngs for name in each})
+    unknown = [] if isinstance(split, bool) else [name for name in split if name not in streams]
+    NO_STREAM.if_any(f"{name!r} is not one of {streams}" for name in unknown)
     keys = [{name: split_key(key, size) if wanted(name) else key for name, key in each.items()} for each in rngs]
     return tuple(keys), tuple({name: 0 if wanted(name) else None for name in each} for each in rngs)
 
 
 def _axes_of(state: Tree, state_axes: Mapping[str, Any] | None) -> dict[str, Any]:
-    unknown = [name for name in state_axes or {} if name not in state]
-    if unknown:
-        raise CollectionError(
-            "vmap_stateful(state_axes=...)",
-            "every collection that an axis is given for must be in the state",
-            [f"{name!r} is not one of {sorted(map(str, state))}" for name in unknown],
-            "a misspelt collection, or it was not split off with the state",
-            "vmap_stateful(fn, state_axes={'batch_stats': 0})",
-        )
+    unknown = (name for name in state_axes or {} if name not in state)
+    NO_COLLECTION.if_any(f"{name!r} is not one of {sorted(map(str, state))}" for name in unknown)
     return {name: (state_axes or {}).get(name) for name in state}
 
 
 def _per_argument(in_axes: Axes, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if not isinstance(in_axes, Sequence):
         return (in_axes,) * len(args)
-    if len(in_axes) != len(args):
-        raise SignatureError(
-            "vmap_stateful(in_axes=...)",
-            "in_axes must have one entry per positional argument after params and state",
-            [f"in_axes: {len(in_axes)} entries, for {len(args)} arguments"],
-            "params and state were counted too, or keyword arguments were",
-            "vmap_stateful(fn, in_axes=0)",
-        )
+    IN_AXES.unless(len(in_axes) == len(args), f"in_axes: {len(in_axes)} entries, for {len(args)} arguments")
     return tuple(in_axes)
 
 
-def _lanes(
+def _size_of(
     params: Tree, params_axes: Any, state: Tree, axes: Tree, args: tuple[Any, ...], arg_axes: tuple[Any, ...]
 ) -> int:
     """Finds the one size of all mapped axes; names every leaf where there is none or more than one."""
-    roots = {"params": (params, params_axes), "state": (dict(state), axes)}
-    roots |= {f"args[{i}]": (arg, arg_axes[i]) for i, arg in enumerate(args)}
-    sizes = {}
-    for name, (tree, prefix) in roots.items():
-        leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
-        for (keys, leaf), axis in zip(leaves, _spread(name, prefix, tree), strict=True):
-            if axis is not None and leaf is not None:
-                path = name + jax.tree_util.keystr(keys)
-                shape = getattr(leaf, "shape", ())
-                sizes[path] = (shape[axis] if -len(shape) <= axis < len(shape) else None, describe(leaf), axis)
-    often = Counter(size for size, _, _ in sizes.values())
-    found = set(often)
-    if len(found) == 1 and None not in found:
-        return int(found.pop() or 0)
-    odd_first = sorted(sizes.items(), key=lambda item: often[item[1][0]])
-    raise SignatureError(
-        "vmap_stateful(in_axes=...)",
-        "all mapped axes must have one size",
-        [f"{path}: {words}, axis {axis}" for path, (_, words, axis) in odd_first] or ["no axis is mapped"],
-        "the arguments are not of one batch, or one of them has no batch axis"
-        if sizes
-        else "every argument was passed by keyword, or in_axes is None",
-        "in_axes=(0, None) for an argument that all lanes share"
-        if sizes
-        else "fn(params, state, x): arguments to map come by position; or axis_size=",
-    )
+    operands = {"params": (params, params_axes), "state": (dict(state), axes)}
+    operands |= {f"args[{i}]": (arg, arg_axes[i]) for i, arg in enumerate(args)}
+    sizes = {
+        name + jax.tree_util.keystr(path): (_size_along(leaf, axis), describe(leaf), axis)
+        for name, (tree, prefix) in operands.items()
+        for (path, leaf), axis in zip(_leaves(tree), _spread(name, prefix, tree), strict=True)
+        if axis is not None and leaf is not None
+    }
+    found = {size for size, _, _ in sizes.values()}
+    SIZES.unless(len(found) == 1 and None not in found, sizes)
+    return int(found.pop() or 0)
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)[0]
+
+
+def _size_along(leaf: Any, axis: int) -> int | None:
+    shape: tuple[int, ...] = getattr(leaf, "shape", ())
+    return shape[axis] if -len(shape) <= axis < len(shape) else None
 
 
 def _is_none(node: Any) -> bool:
@@ -218,45 +230,17 @@ def _spread(name: str, prefix: Any, tree: Any) -> list[Any]:
         axes = jax.tree.leaves(jax.tree.broadcast(prefix, tree, is_leaf=_is_none), is_leaf=_is_none)
     except ValueError:
         axes = [prefix]
-    strange = [axis for axis in axes if not (axis is None or (isinstance(axis, int) and not isinstance(axis, bool)))]
-    if strange:
-        option = {"params": "params_axes", "state": "state_axes"}.get(name, "in_axes")
-        raise SignatureError(
-            f"vmap_stateful({option}=...)",
-            "axes must be whole numbers or None, or a tree of these that begins as the argument does",
-            [f"for {name}: {describe(strange[0])}"],
-            "the axes were made for another argument, or something else was passed",
-            f"{option}={{'batch_stats': 0}}" if name == "state" else f"{option}=0",
-        )
+    wrong = [axis for axis in axes if not _is_axis(axis)]
+    AXES.unless(not wrong, name, *map(describe, wrong[:1]))
     return axes
 
 
-def _check_unbound(axis_name: str | None) -> None:
-    if axis_name is not None and is_bound(axis_name):
-        inner = f"inner_{axis_name}"
-        raise SignatureError(
-            "vmap_stateful(axis_name=...)",
-            "the name must be free",
-            [f"axis_name: {axis_name!r} is bound by an enclosing vmap, pmap or shard_map"],
-            "vmap_stateful was applied twice with the same name",
-            f"vmap_stateful(fn, axis_name={inner!r}), and axis_name=({axis_name!r}, {inner!r}) in the layers",
-        )
+def _is_axis(axis: Any) -> bool:
+    return axis is None or (isinstance(axis, int) and not isinstance(axis, bool))
 
 
-def _check_collections(before: Tree, after: Tree) -> None:
-    if before.keys() != after.keys():
-        changed = differences(dict(before), dict(after), "state")
-        raise StateDriftError(
-            "vmap_stateful(fn)",
-            "fn must return the collections that it was given",
-            [str(each) for each in changed],
-            "a collection was dropped or added",
-            "return out, {**state, 'batch_stats': new_batch_stats}",
-        )
-
-
-def _raise_unsynced(lane: Any, run: Any, axes: Tree, axis_name: str | None, ensemble: bool, error: ValueError) -> None:
-    """Runs the lanes once more, abstractly, to ask each shared leaf whether it is mapped. Returns if none is."""
+def _differing(lane: Any, run: Any, axes: Tree) -> list[str]:
+    """Runs the lanes once more, abstractly, to ask each shared leaf whether it differs per lane."""
     mapped: list[str] = []
 
     def probed(*args: Any) -> Any:
@@ -265,35 +249,7 @@ def _raise_unsynced(lane: Any, run: Any, axes: Tree, axis_name: str | None, ense
         return _probe(mapped, list(leaves))(*leaves.values())
 
     jax.eval_shape(lambda: run(probed, 0))
-    if not mapped:
-        return
-    cause, fix = _cause_and_fix(mapped, axis_name, ensemble)
-    raise UnsyncedStateError(
-        "vmap_stateful(fn)",
-        "state without an axis must come out the same in every lane",
-        [f"{path}: differs per lane" for path in mapped],
-        cause,
-        fix,
-    ) from error
-
-
-def _cause_and_fix(mapped: list[str], axis_name: str | None, ensemble: bool) -> tuple[str, str]:
-    places = [path.removeprefix("state['").removesuffix("']").split("']['") for path in mapped]
-    collections = list(dict.fromkeys(collection for collection, *_ in places))
-    axes = f"state_axes={{{', '.join(f'{name!r}: 0' for name in collections)}}}"
-    layers = shorten(list(dict.fromkeys("/".join(layers[:-1]) or "the model" for _, *layers in places)), 3)
-    who = ", ".join(layers)
-    if ensemble:
-        cause = "params_axes makes an ensemble, and every member has its own state"
-        return cause, f"vmap_stateful(fn, params_axes=..., {axes}), the state stacked like the params"
-    if collections != ["batch_stats"]:
-        cause = f"what is kept is computed per lane and not averaged over the axis, in {who}"
-        return cause, f"jax.lax.pmean(value, {axis_name or 'batch'!r}) there, or {axes} and a state with that axis"
-    if axis_name is None:
-        cause = f"the statistics of {who} are computed per lane: axis_name=None leaves nothing to average them over"
-        return cause, f"vmap_stateful(fn, axis_name='batch') and nn.BatchNorm(..., axis_name='batch') in {who}"
-    cause = f"{who} {'lacks' if len(layers) == 1 else 'lack'} axis_name={axis_name!r}: the statistics are per lane"
-    return cause, f"nn.BatchNorm(..., axis_name={axis_name!r}) in {who}, or {axes} and a state with that axis"
+    return mapped
 
 
 def _probe(mapped: list[str], paths: list[str]) -> Any:
