@@ -2,6 +2,7 @@
 
 import dataclasses
 import string
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, Self
 
@@ -111,6 +112,11 @@ class Refusal:
     def instead_of(self, error: BaseException, *lines: str, **values: Any) -> NoReturn:
         """Raises in place of another library's error, which stays its cause."""
         raise self(*lines, **values) from error
+
+    def warn(self, lines: Iterable[str], stacklevel: int) -> None:
+        """Warns, where the row is of a warning; `stacklevel` as for `warnings.warn`, counted by the caller."""
+        warning: Any = self(*lines)
+        warnings.warn(warning, stacklevel=stacklevel + 1)
 
 
 @dataclasses.dataclass(frozen=True)

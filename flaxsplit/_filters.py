@@ -1,47 +1,16 @@
-"""Which part: flat views of nested mappings by path, and what `trainable` chooses from them."""
+"""Which part: what `trainable` chooses."""
 
 import difflib
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from ._describe import describe, keyed_leaves
 from ._errors import CollectionError, SignatureError
+from ._paths import Path, flatten, joined, keyed
 from ._types import Trainable, Tree
-
-Path = tuple[Any, ...]
-
-
-def flatten(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Lists what is not a mapping by its path; an empty branch counts as a leaf, so that it survives a round trip."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, (*path, key))
-        else:
-            yield (*path, key), value
-
-
-def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
-    """Rebuilds nested plain dicts from paths. The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for (*parents, name), leaf in leaves.items():
-        branch = tree
-        for key in parents:
-            branch = branch.setdefault(key, {})
-        branch[name] = {} if isinstance(leaf, Mapping) else leaf
-    return tree
-
-
-def joined(path: Path) -> str:
-    """Writes a path as globs see it: `Dense_0/kernel`."""
-    return "/".join(map(str, path))
-
-
-def keyed(path: Path, name: str) -> str:
-    """Writes a path as errors say it: `params['Dense_0']['kernel']`."""
-    return name + "".join(f"[{key!r}]" for key in path)
 
 
 def choose(trainable: Trainable | None, params: Mapping[Path, Any]) -> set[Path]:

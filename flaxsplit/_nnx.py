@@ -15,8 +15,9 @@ from jax.extend.core import Literal
 from ._checks import check_form, check_leaves, checked
 from ._describe import ABSENT, Difference, describe, is_array, wraps
 from ._errors import CollectionError, SignatureError, StateDriftError
-from ._filters import Path, choose, flatten, joined, keyed, unflatten
+from ._filters import choose
 from ._mutable import HIDDEN
+from ._paths import Path, flatten, joined, keyed, unflatten
 from ._split import check_halves
 from ._types import AnyParams, Params, State, Stateful, Trainable, Tree
 

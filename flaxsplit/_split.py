@@ -6,7 +6,8 @@ from typing import Any
 from ._checks import checked
 from ._describe import describe, plain
 from ._errors import CollectionError, SignatureError
-from ._filters import choose, flatten, keyed, unflatten
+from ._filters import choose
+from ._paths import flatten, keyed, unflatten
 from ._types import AnyParams, Params, State, Trainable, Tree, Variables
 
 RESERVED = frozenset({"params", "batch_stats", "cache", "intermediates", "rngs", "ema"})

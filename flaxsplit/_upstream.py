@@ -1,6 +1,62 @@
 """What depends on the words or the inside of another library, in one place, each with what would replace it."""
 
+import re
+from collections.abc import Callable
+from typing import Any
+
+from flax import core
+
 
 def is_about_out_axes(error: ValueError) -> bool:
     """Whether `jax.vmap` refuses an output that is mapped. An error class of its own would replace this."""
     return "out_axes" in str(error)
+
+
+# Flax says which variable it means in a sentence alone. Attributes of its errors would replace these four.
+
+
+def first_sentence(error: Exception) -> str:
+    """What Flax says, without the address of its page."""
+    return str(error).split(" (http")[0]
+
+
+def stream_in(error: Exception) -> str | None:
+    """The PRNG stream that a model draws from; None where Flax could not read the rngs at all."""
+    return _quoted(r'needs PRNG for "([^"]+)"', error)
+
+
+def collection_in(error: Exception) -> str:
+    """The collection that a model reads or writes."""
+    return _quoted(r'collection "([^"]+)"', error) or "params"
+
+
+def param_in(error: Exception) -> tuple[str, str] | None:
+    """The name of a param and its module; the rest of the sentence differs by version."""
+    found = re.search(r'parameter "([^"]+)" in "([^"]+)"', str(error))
+    return (found[1], found[2]) if found else None
+
+
+def _quoted(pattern: str, error: Exception) -> str | None:
+    found = re.search(pattern, str(error))
+    return found[1] if found else None
+
+
+_NN_APPLY: Any = getattr(core.apply(lambda scope: scope), "__code__", None)
+
+
+def is_nn_apply(fn: Any) -> bool:
+    """Whether `nn.apply` made this function."""
+    return getattr(fn, "__code__", None) is _NN_APPLY
+
+
+def reopened(fn: Any) -> Callable[..., Any]:
+    """Takes what `nn.apply` made out of its closure: it fixed `mutable`, which the state alone decides here.
+
+    An argument `mutable=` of what it makes would replace this.
+    """
+    inner = dict(zip(fn.__code__.co_freevars, (cell.cell_contents for cell in fn.__closure__), strict=True))
+
+    def apply(variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
+        return core.apply(inner["fn"], mutable=mutable, flags=inner.get("flags"))(variables, *args, **kwargs)
+
+    return apply

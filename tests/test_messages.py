@@ -729,6 +729,53 @@ def test_a_saved_key_becomes_one_of_the_kind_that_is_due(saved: Any, due: Any) -
     assert _bytes(adopted) == _bytes(saved)
 
 
+def test_keys_without_the_names_of_their_streams() -> None:
+    params, state = halves(Dropping(axis_name=None), X)
+    apply: Any = fs.with_mutable(Dropping(axis_name=None))
+    for rngs, came in ((jax.random.split(KEY, 3), "key<fry>[3]"), ([KEY], "list")):
+        error = fails(fs.CollectionError, apply, params, state, X, rngs=rngs)
+        assert str(error) == whole("""
+        with_mutable(fn): rngs must be a dict of one key per stream
+          got:
+            rngs: CAME
+          likely cause: keys without the names of their streams, or another mapping than a dict
+          fix: rngs={'dropout': key}
+        """).replace("CAME", came)
+    apply(params, state, X, rngs={"dropout": KEY})
+    apply(params, state, X, rngs=KEY)  # one key for whatever stream is drawn from, as in Flax
+
+
+def test_a_stream_that_a_lifted_transform_does_not_pass_on() -> None:
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, _: Any) -> Any:
+            return nn.Dropout(0.5, deterministic=False)(x), None
+
+    def scanned(split: dict[str, bool]) -> Any:
+        model: Any = nn.scan(Layer, length=2, split_rngs=split)()
+        return fs.with_mutable(model)
+
+    error = fails(fs.CollectionError, scanned({}), {}, {}, X, None, rngs={"dropout": KEY})
+    assert str(error) == whole("""
+    with_mutable(fn): the model draws from the PRNG stream 'dropout'
+      got:
+        rngs: ['dropout']
+      likely cause: 'dropout' is given, but a lifted transform around the layer does not pass it on
+      fix: split_rngs={'dropout': True} in nn.scan, nn.vmap or nn.while_loop
+    """)
+    error = fails(fs.CollectionError, scanned({}), {}, {}, X, None, rngs=KEY)
+    assert (error.leaves, error.cause) == (("rngs: key<fry>[]",), "rngs is no mapping of streams to keys")
+    assert error.fix == "rngs={'dropout': key}"
+    scanned({"dropout": True})({}, {}, X, None, rngs={"dropout": KEY})
+
+
+def test_keys_by_hand_of_any_form_beside_those_of_the_state() -> None:
+    apply: Any = fs.with_rngs(fs.with_mutable(Dropping()))
+    params, state = halves(Dropping(), X[0])
+    error = fails(fs.SignatureError, apply, params, state | fs.rng_state(dropout=KEY), X, rngs=jax.random.split(KEY, 3))
+    assert error.leaves == ("rngs=key<fry>[3] in the call",)
+
+
 # ---- vmap_stateful
 
 

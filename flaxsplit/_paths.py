@@ -1,0 +1,36 @@
+"""Flat views of nested mappings, by path."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Path = tuple[Any, ...]
+
+
+def flatten(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Lists what is not a mapping by its path; an empty branch counts as a leaf, so that it survives a round trip."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    """Rebuilds nested plain dicts from paths. The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for (*parents, name), leaf in leaves.items():
+        branch = tree
+        for key in parents:
+            branch = branch.setdefault(key, {})
+        branch[name] = {} if isinstance(leaf, Mapping) else leaf
+    return tree
+
+
+def joined(path: Path) -> str:
+    """Writes a path as globs see it: `Dense_0/kernel`."""
+    return "/".join(map(str, path))
+
+
+def keyed(path: Path, name: str) -> str:
+    """Writes a path as errors say it: `params['Dense_0']['kernel']`."""
+    return name + "".join(f"[{key!r}]" for key in path)
