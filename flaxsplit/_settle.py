@@ -6,19 +6,9 @@ from typing import Any, Concatenate, ParamSpec, overload
 import jax
 import jax.numpy as jnp
 
-from ._checks import check_function, check_leaves, checked, two_of
-from ._describe import (
-    Difference,
-    describe,
-    differences,
-    is_array,
-    is_numeric,
-    keyed_leaves,
-    plain,
-    same_structure,
-    strong,
-)
-from ._errors import StateDriftError
+from ._checks import checked, is_function, two_of
+from ._describe import Difference, describe, is_array, is_numeric, keyed_leaves, kind_of, plain, same_structure, strong
+from ._refusals.run import ENDLESS, FORM, NO_SHAPE, RESTRUCTURED, SETTLE, SETTLE_FN, UNREACHED
 from ._split import check_halves
 from ._types import Abstract, AnyParams, State, Tree
 
@@ -71,28 +61,13 @@ def settle_state(
 
 @checked  # not on settle_state itself: seen through a decorator, positional-only parameters lose their names in mypy
 def _settled(fn: Callable[..., Any], params: AnyParams, state: Tree, args: Any, kwargs: Any) -> State:
-    where = "settle_state(fn, params, state, ...)"
-    check_function(where, "fn", fn, "settle_state(with_mutable(model), params, state, x)")
-    check_halves(where, params, state)
-    check_leaves(
-        where,
-        "every leaf must be an array, a number, or a jax.ShapeDtypeStruct",
-        keyed_leaves(params, "params") | keyed_leaves(state, "state"),
-        _has_shape,
-        "a function, a string or another object is in the tree",
-        "params, state = split_params(module.init(key, x))",
-    )
+    SETTLE_FN.unless(is_function(fn), fn=fn)
+    check_halves(SETTLE, params, state)
+    leaves = keyed_leaves(params, "params") | keyed_leaves(state, "state")
+    NO_SHAPE.if_any(f"{path}: {kind_of(leaf)}" for path, leaf in leaves.items() if not _has_shape(leaf))
     start = plain(state)
-    before = now = jax.tree.map(_shape_of, start)
-    for _ in range(_MOST_ROUNDS):
-        before, now = now, _after(fn, params, now, args, kwargs)
-        if not same_structure(before, now):
-            changed = differences(before, now, "state")
-            raise _unsettled(changed, "the structure must stay", "leaves come or go: sown values, or a cache made late")
-        if jax.tree.leaves(before) == jax.tree.leaves(now):
-            return _reached(start, now)
-    cause = f"they still change after {_MOST_ROUNDS} rounds: does each call append?"
-    raise _unsettled(differences(before, now, "state"), "shapes must reach a fixed point", cause)
+    end = _fixed_point(_one_call(fn, params, args, kwargs), jax.tree.map(_shape_of, start))
+    return _brought_to(start, end)
 
 
 def _has_shape(leaf: Any) -> bool:
@@ -103,34 +78,44 @@ def _shape_of(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(getattr(leaf, "shape", ()), getattr(leaf, "dtype", None) or jnp.result_type(leaf))
 
 
-def _after(fn: Any, params: Any, state: Any, args: Any, kwargs: Any) -> State:
+def _fixed_point(shapes_after: Callable[[State], State], shapes: State) -> State:
+    """Calls until nothing changes any more."""
+    before = shapes
+    for _ in range(_MOST_ROUNDS):
+        before, shapes = shapes, shapes_after(shapes)
+        RESTRUCTURED.unless(same_structure(before, shapes), before, shapes)
+        if jax.tree.leaves(before) == jax.tree.leaves(shapes):
+            break
+    ENDLESS.unless(jax.tree.leaves(before) == jax.tree.leaves(shapes), before, shapes, rounds=_MOST_ROUNDS)
+    return shapes
+
+
+def _one_call(fn: Any, params: Any, args: Any, kwargs: Any) -> Callable[[State], State]:
+    """What one call of `fn` makes of the shapes of a state. Arrays are traced, other arguments are as they are."""
     leaves, treedef = jax.tree.flatten((args, kwargs))
     arrays = [leaf if is_array(leaf) else None for leaf in leaves]
 
     def new_state(_params: Any, _state: Any, _arrays: Any) -> Any:
         filled = [leaf if array is None else array for leaf, array in zip(leaves, _arrays, strict=True)]
         _args, _kwargs = jax.tree.unflatten(treedef, filled)
-        form = "fn(params, state, ...) -> (out, new_state)"
-        return plain(two_of(fn(_params, _state, *_args, **_kwargs), "settle_state(fn, params, state, ...)", form)[1])
+        return plain(two_of(fn(_params, _state, *_args, **_kwargs), SETTLE, FORM)[1])
 
-    settled: State = jax.tree.map(_shape_of, jax.eval_shape(new_state, params, state, arrays))
-    return settled
+    return lambda shapes: jax.tree.map(_shape_of, jax.eval_shape(new_state, params, shapes, arrays))
 
 
-def _reached(start: Any, end: Any) -> State:
-    stuck = []
-    for (path, leaf), new in zip(keyed_leaves(start, "state").items(), jax.tree.leaves(end), strict=True):
-        old = _shape_of(leaf)
-        if not _broadcastable(old.shape, new.shape) or not _castable(old.dtype, new.dtype):
-            stuck.append(Difference(path, describe(old), describe(new)))
-    if stuck:
-        raise _unsettled(
-            stuck,
-            "the state must reach its fixed point by broadcasting or casting",
-            "the state was made for other shapes, or for numbers of another kind",
-        )
-    reached: State = jax.tree.map(_brought, start, end)
-    return reached
+def _brought_to(start: State, end: State) -> State:
+    """The state in the shapes of its fixed point, by broadcasting and casting alone."""
+    pairs = zip(keyed_leaves(start, "state").items(), jax.tree.leaves(end), strict=True)
+    changes = [(path, _shape_of(leaf), to) for (path, leaf), to in pairs]
+    UNREACHED.if_any(
+        str(Difference(path, describe(old), describe(new))) for path, old, new in changes if not _reaches(old, new)
+    )
+    brought: State = jax.tree.map(_brought, start, end)
+    return brought
+
+
+def _reaches(old: Any, new: Any) -> bool:
+    return _broadcastable(old.shape, new.shape) and _castable(old.dtype, new.dtype)
 
 
 def _castable(old: Any, new: Any) -> bool:
@@ -148,16 +133,5 @@ def _brought(leaf: Any, to: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return to
     leaf = strong(leaf)
-    return (
-        leaf if (leaf.shape, leaf.dtype) == (to.shape, to.dtype) else jnp.broadcast_to(leaf, to.shape).astype(to.dtype)
-    )
-
-
-def _unsettled(changed: list[Difference], required: str, cause: str) -> StateDriftError:
-    return StateDriftError(
-        "settle_state(fn, params, state, ...)",
-        required,
-        [str(each) for each in changed],
-        cause,
-        "make fn return every state leaf in the shape and dtype that it was given",
-    )
+    is_there = (leaf.shape, leaf.dtype) == (to.shape, to.dtype)
+    return leaf if is_there else jnp.broadcast_to(leaf, to.shape).astype(to.dtype)

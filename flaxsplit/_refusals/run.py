@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flaxsplit._describe import describe
-from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError
+from flaxsplit._describe import describe, differences
+from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError, StateDriftError
 
 from .options import function
 
@@ -56,3 +56,42 @@ OWN_RNGS = Refusal(
     "keys were passed by hand to a function that draws its own",
     "fn(params, state, x), or with_mutable(model)(params, state, x, rngs=...)",
 )
+
+# ---- settle_state
+
+SETTLE = "settle_state(fn, params, state, ...)"
+FORM = "fn(params, state, ...) -> (out, new_state)"
+
+SETTLE_FN = function(SETTLE, "fn", "settle_state(with_mutable(model), params, state, x)")
+NO_SHAPE = Refusal(
+    SignatureError,
+    SETTLE,
+    "every leaf must be an array, a number, or a jax.ShapeDtypeStruct",
+    "a function, a string or another object is in the tree",
+    "params, state = split_params(module.init(key, x))",
+)
+UNREACHED = Refusal(
+    StateDriftError,
+    SETTLE,
+    "the state must reach its fixed point by broadcasting or casting",
+    "the state was made for other shapes, or for numbers of another kind",
+    "make fn return every state leaf in the shape and dtype that it was given",
+)
+_RESTRUCTURED = UNREACHED.but(
+    required="the structure must stay", cause="leaves come or go: sown values, or a cache made late"
+)
+_ENDLESS = UNREACHED.but(
+    required="shapes must reach a fixed point", cause="they still change after $rounds rounds: does each call append?"
+)
+
+
+@Guess
+def RESTRUCTURED(before: Any, after: Any) -> Explained:  # noqa: N802
+    """A call changes the structure."""
+    return _RESTRUCTURED(*map(str, differences(before, after, "state")))
+
+
+@Guess
+def ENDLESS(before: Any, after: Any, rounds: int) -> Explained:  # noqa: N802
+    """Each call changes the shapes again."""
+    return _ENDLESS(*map(str, differences(before, after, "state")), rounds=rounds)
