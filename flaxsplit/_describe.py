@@ -184,10 +184,10 @@ def shorten(lines: Sequence[str], most: int = 12) -> list[str]:
     return [*lines] if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more"]
 
 
-def same_structure(before: Any, after: Any, is_leaf: Callable[[Any], bool] | None = None) -> bool:
+def same_structure(before: Any, after: Any) -> bool:
     """Compares two trees but for their leaves."""
-    old: Any = jax.tree.structure(before, is_leaf=is_leaf)
-    return bool(old == jax.tree.structure(after, is_leaf=is_leaf))
+    old: Any = jax.tree.structure(before)
+    return bool(old == jax.tree.structure(after))
 
 
 def alike(before: Any, after: Any) -> bool:

@@ -159,14 +159,14 @@ def _accumulated(
 
         zeros = varying((jax.tree.map(_zeros, params), jax.tree.map(jnp.zeros_like, overwritten)), axis_name)
         (total, most, new_state), (losses, aux) = _scan_parts(body, (*zeros, state), batch, count)
-        grads = jax.tree.map(lambda sum_, param: (sum_ / count).astype(param.dtype), total, params)
+        grads = jax.tree.map(lambda sum_, param: (sum_ / count).astype(jnp.result_type(param)), total, params)
         return (jnp.mean(losses), (aux, new_state)), (grads, most)
 
     return over_batch
 
 
 def _zeros(leaf: Any) -> Any:
-    return jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
+    return jnp.zeros_like(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32))
 
 
 def _scan_parts(body: Callable[[Any, Any], tuple[Any, Any]], start: Any, batch: Any, count: int) -> tuple[Any, Any]:

@@ -1,6 +1,6 @@
 """Compile a step, and keep its carry where it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
@@ -47,12 +47,12 @@ def jit_step(step: Callable[P, R], *, like: Any = None, donate: bool = True) -> 
     donated: Any = (0,) if donate else ()
     if like is None:
         return cast(JittedStep[P, R], jax.jit(step, donate_argnums=donated))
-    places = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), like)
-    chosen = set(jax.tree.leaves(places))
+    places = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(like)]
+    chosen = {place for place in places if place is not None}
     LIKE.unless_all(_is_placed_or_number if chosen else _is_placed, like, "like")
     only = chosen.pop() if len(chosen) == 1 else None
     pinned: Any = {"in_shardings": only, "out_shardings": only} if isinstance(only, SingleDeviceSharding) else {}
-    return cast(JittedStep[P, R], jax.jit(_pinned(step, places), donate_argnums=donated, **pinned))
+    return cast(JittedStep[P, R], jax.jit(_pinned(step, like, places), donate_argnums=donated, **pinned))
 
 
 def _is_placed(leaf: Any) -> bool:
@@ -63,26 +63,18 @@ def _is_placed_or_number(leaf: Any) -> bool:
     return _is_placed(leaf) or (is_numeric(leaf) and not is_array(leaf))
 
 
-def _pinned(step: Callable[..., Any], places: Any) -> Callable[..., Any]:
-    """The step, its carry put where `places` says, whether it comes out alone or first."""
+def _pinned(step: Callable[..., Any], like: Any, places: Sequence[Any]) -> Callable[..., Any]:
+    """The step, its carry put where `places` says. The carry is what the step returns, or comes first in it."""
 
     @wraps(step)
     def pinned(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
-        if _is_like(result, places):
-            return _put(result, places)
-        UNLIKE.unless(isinstance(result, tuple) and result and _is_like(result[0], places), result, places)
-        return _put(result[0], places), *result[1:]
+        first = result[0] if isinstance(result, tuple) and result else result
+        UNLIKE.unless(same_structure(result, like) or same_structure(first, like), result, like)
+        leaves, treedef = jax.tree.flatten(result)
+        return jax.tree.unflatten(treedef, [*map(_constrained, leaves, places), *leaves[len(places) :]])
 
     return pinned
-
-
-def _is_like(carry: Any, places: Any) -> bool:
-    return same_structure(carry, places, is_leaf=lambda leaf: leaf is None)
-
-
-def _put(carry: Any, places: Any) -> Any:
-    return jax.tree.map(_constrained, carry, places)
 
 
 def _constrained(leaf: Any, place: Any) -> Any:

@@ -1,6 +1,6 @@
 """`with_optimizer` beside its laws: several devices, optax's extra arguments, what a failing or donated step leaves."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +189,54 @@ def test_jit_step_takes_a_train_state() -> None:
 
     new, _ = fs.jit_step(step)(train_state, jnp.ones(3))
     assert int(new.step) == 1
+
+
+class Out(NamedTuple):
+    """What a step may return: the carry first."""
+
+    carry: Any
+    loss: Any
+    metrics: Any
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "form",
+    [lambda c, b: c, lambda c, b: (c, b), lambda c, b: (c, b, {"n": b}), lambda c, b: Out(c, b, {"n": b})],
+    ids=["alone", "a pair", "three", "a named tuple"],
+)
+def test_jit_step_pins_the_carry_of_any_return_form(form: Any, kind: Any) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    carry = {"w": jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh, P("data"))), "n": 0}
+
+    def step(carry: Any, batch: Any, scale: Any, *, offset: Any) -> Any:
+        new = {"w": carry["w"] + scale * batch.sum() + offset, "n": carry["n"] + 1}
+        return form(new, batch)
+
+    jitted: Any = fs.jit_step(fs.assert_max_traces(step), like=carry, donate=False)
+    with fs.compile_log() as log:
+        result = jitted(carry, jnp.ones(4), 2.0, offset=1.0)
+        new = result if form(carry, 0) is carry else result[0]
+        again = jitted({**new, "n": 1}, jnp.ones(4), 2.0, offset=1.0)
+    assert new["w"].sharding.is_equivalent_to(carry["w"].sharding, 2)
+    assert type(result) is type(form(new, 0))
+    assert log.compiles["step"] <= 1
+    np.testing.assert_array_equal((again if form(carry, 0) is carry else again[0])["w"], jnp.full((8, 2), 19.0))
+
+
+def test_jit_step_names_what_is_no_carry_like_the_one_named() -> None:
+    carry = fs.init_carry({"w": jnp.ones(3)}, {}, optax.sgd(0.1))
+    step: Any = fs.jit_step(lambda carry, batch: (batch, carry), like=carry)
+    with pytest.raises(fs.SignatureError) as caught:
+        step(carry, jnp.ones(3))
+    assert str(caught.value) == (
+        "jit_step(like=...): the step must return a carry of the structure of like, alone or first in a tuple "
+        "(like -> returned)\n"
+        "  got:\n"
+        "    carry: Carry -> f32[3]\n"
+        "  likely cause: like is the carry of another step, or the step returns something else first\n"
+        "  fix: jit_step(step, like=carry), where the step returns (carry, out)"
+    )
 
 
 def test_ema_takes_a_schedule() -> None:
