@@ -10,6 +10,7 @@ from ._checks import checked, is_function
 from ._describe import is_array, is_numeric, same_structure, wraps
 from ._refusals.improve import JIT_STEP, LIKE, UNLIKE
 from ._types import JittedStep
+from ._upstream import reshard
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,4 +83,4 @@ def _constrained(leaf: Any, place: Any) -> Any:
     if not isinstance(place, NamedSharding):
         return leaf
     explicit = AxisType.Explicit in place.mesh.axis_types
-    return jax.sharding.reshard(leaf, place) if explicit else jax.lax.with_sharding_constraint(leaf, place)
+    return reshard(leaf, place) if explicit else jax.lax.with_sharding_constraint(leaf, place)

@@ -1,10 +1,15 @@
 """What depends on the words or the inside of another library, in one place, each with what would replace it."""
 
+import importlib
 import re
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import core
+
+reshard: Any = getattr(jax.sharding, "reshard", None) or importlib.import_module("jax.experimental.shard").reshard
+"""Of jax < 0.7 in another place."""
 
 
 def is_about_out_axes(error: ValueError) -> bool:

@@ -258,7 +258,7 @@ def test_sharpness_aware_steps_per_device() -> None:
     theirs: Any = (params, TX.init(params))
     for _ in range(3):
         theirs = jax.jit(hand)(*theirs, BATCH)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), ours.params, theirs[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), ours.params, theirs[0])
     assert int(ours.state["seen"]) == 3
 
 
