@@ -89,7 +89,7 @@ def with_mutable(
             that form: `fn(variables, *args, mutable=..., **kwargs) -> (out, updated)`.
         method: the module's method to run instead of `__call__`; also its signature is kept.
         mutable: by default every collection in `state` but `'params'`, `'rngs'` and `'ema'`; else one of Flax's own
-            collection filters (a name, names, `DenyList`, a bool). `False` reads only.
+            collection filters (a name, names, `DenyList`, a bool), which choose among the same. `False` reads only.
         capture: sown collections to hand out; `out` becomes `(out, {collection: tree})`. They never enter the state.
 
     Returns:
@@ -117,7 +117,7 @@ def with_mutable(
         names = _mutable_names(mutable, visible)
         try:
             result = apply(variables, *args, mutable=(*names, *captured), **kwargs)
-        except errors.FlaxError as error:
+        except (errors.FlaxError, ValueError) as error:
             FLAX.instead_of(error, error, names, variables, state, kwargs.get("rngs"))
         out, updated = two_of(result, "with_mutable(fn)", "fn(variables, *args, mutable=[...]) -> (out, updated)")
         new_state = {**state, **{name: plain(updated[name]) for name in names if name in updated}}
@@ -137,7 +137,7 @@ def _apply_of(fn: Any, method: Any) -> Callable[..., Any]:
 def _check_options(fn: Any, method: Any, mutable: Any, capture: Any) -> None:
     owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
     is_name = isinstance(method, str) and (not owner or hasattr(owner, method))
-    METHOD.unless(method is None or callable(method) or is_name, method=method)
+    METHOD.unless(method is None or callable(method) or is_name, method, owner)
     is_filter = mutable is ... or isinstance(mutable, bool | core.DenyList) or _are_names(mutable)
     MUTABLE.unless(is_filter, mutable=mutable)
     CAPTURE.unless(_are_names(capture), capture=capture)

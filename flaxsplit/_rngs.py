@@ -38,6 +38,11 @@ def rng_state(**keys: PRNGKey) -> State:
     return {"rngs": dict(keys)}
 
 
+def are_keys(rngs: Any) -> bool:
+    """Tells keys by stream."""
+    return isinstance(rngs, Mapping) and all(map(_is_key, rngs.values()))
+
+
 def _is_key(key: Any) -> bool:
     if not is_array(key):
         return False

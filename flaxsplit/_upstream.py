@@ -17,7 +17,7 @@ def is_about_out_axes(error: ValueError) -> bool:
     return "out_axes" in str(error)
 
 
-# Flax says which variable it means in a sentence alone. Attributes of its errors would replace these four.
+# Flax says which variable it means in a sentence alone. Attributes of its errors would replace these five.
 
 
 def first_sentence(error: Exception) -> str:
@@ -28,6 +28,11 @@ def first_sentence(error: Exception) -> str:
 def stream_in(error: Exception) -> str | None:
     """The PRNG stream that a model draws from; None where Flax could not read the rngs at all."""
     return _quoted(r'needs PRNG for "([^"]+)"', error)
+
+
+def is_about_rngs(error: ValueError) -> bool:
+    """Whether Flax refuses a dict of rngs, which it does by a plain ValueError."""
+    return "``rngs`` argument" in str(error)
 
 
 def collection_in(error: Exception) -> str:

@@ -10,6 +10,7 @@ from jax.custom_batching import custom_vmap
 from ._axes import check_axis_name, is_bound
 from ._checks import check_count, checked, is_function, two_of
 from ._describe import describe, differences, keyed_leaves, same_leaves, wraps
+from ._refusals.apply import RNGS
 from ._refusals.lanes import (
     AXES,
     BOUND,
@@ -23,7 +24,7 @@ from ._refusals.lanes import (
     UNSYNCED,
     VMAP_FN,
 )
-from ._rngs import draw, split_key
+from ._rngs import are_keys, draw, split_key
 from ._split import check_halves
 from ._types import Axes, State, StatefulT, Tree
 from ._upstream import is_about_out_axes
@@ -83,6 +84,7 @@ def vmap_stateful(
     def mapped(params: Tree, state: Tree, /, *args: Any, rngs: Any = None, **kwargs: Any) -> tuple[Any, State]:
         check_halves("vmap_stateful(fn)", params, state)
         BOUND.unless(not is_bound(axis_name), _bound_line(axis_name), name=axis_name)
+        RNGS.unless(rngs is None or are_keys(rngs), "vmap_stateful(fn)", rngs)
         axes, arg_axes = _axes_of(state, state_axes), _per_argument(in_axes, args)
         size = axis_size or _size_of(params, params_axes, state, axes, args, arg_axes)
         streams = _streams_of(state, axes, rngs, split_rngs, size)

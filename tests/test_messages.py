@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.core import DenyList
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -465,8 +466,89 @@ def test_mutable_params() -> None:
       got:
         'params' is not one of ['batch_stats']
       likely cause: params are the optimizer's to change
-      fix: with_mutable(fn) makes every collection of the state mutable
+      fix: with_mutable(fn), or mutable=True, makes every collection of the state mutable
     """)
+
+
+class Overreaching(nn.Module):
+    """Writes to its params."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        self.param("scale", nn.initializers.ones, ())
+        self.put_variable("params", "scale", x.sum())
+        return x
+
+
+@pytest.mark.parametrize("mutable", [..., True, DenyList(())])
+def test_a_model_that_writes_to_its_params(mutable: Any) -> None:
+    apply = fs.with_mutable(Overreaching(), mutable=mutable)
+    trained: Any = {"scale": Y[0, 0]}
+    for params, state in ((trained, {}), ({}, {"params": trained})):
+        assert str(fails(fs.CollectionError, apply, params, state, X)) == whole("""
+        with_mutable(fn): the model writes to the collection 'params'
+          got:
+            Cannot update variable "scale" in "/" because collection "params" is immutable.
+            mutable: []
+          likely cause: params are the optimizer's to change
+          fix: self.variable('counts', ...) for what the model itself writes
+        """)
+
+
+@pytest.mark.parametrize(("name", "owner"), [("rngs", "with_rngs"), ("ema", "with_ema")])
+def test_a_collection_that_is_named_as_one_of_flaxsplit(name: str, owner: str) -> None:
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return x + self.variable(name, "last", jnp.zeros, ()).value
+
+    class Written(nn.Module):
+        def __call__(self, x: Any) -> Any:
+            self.put_variable(name, "last", x)
+            return x
+
+    cause = f"likely cause: {name!r} in the state belongs to {owner}, and no model sees it"
+    state = {name: {"last": Y[0, 0]}}
+    for apply in (fs.with_mutable(Named()), fs.with_mutable(Written())):
+        error = str(fails(fs.CollectionError, apply, {}, state, X))
+        assert cause in error
+        assert "fix: another name for the model's own collection: self.variable('averages', ...)" in error
+    error = str(fails(fs.CollectionError, fs.with_mutable(Named(), mutable=name), {}, state, X))
+    assert cause in error
+    assert "fix: with_mutable(fn) makes every other collection of the state mutable" in error
+    assert f"the state has no {name!r}" in str(fails(fs.CollectionError, fs.with_mutable(Written()), {}, {}, X))
+
+
+class Looping(nn.Module):
+    """Counts in a loop, whether the loop passes the count on or not."""
+
+    passes_on: bool
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        self.variable("counts", "turns", jnp.zeros, ())
+        carried: Any = {"carry_variables": "counts"} if self.passes_on else {}
+        return nn.while_loop(lambda _, turn: turn < 3, _turn, self, 0, **carried) + x
+
+
+def _turn(model: nn.Module, turn: Any) -> Any:
+    model.put_variable("counts", "turns", model.get_variable("counts", "turns") + 1)
+    return turn + 1
+
+
+@needs_jit
+def test_a_loop_that_does_not_pass_a_collection_on() -> None:
+    state = {"counts": {"turns": jnp.zeros(())}}
+    error = fails(fs.CollectionError, fs.with_mutable(Looping(False)), {}, state, X)
+    assert str(error) == whole("""
+    with_mutable(fn): the model writes to the collection 'counts'
+      got:
+        Cannot update variable "turns" in "/while_loop()" because collection "counts" is immutable.
+        mutable: ['counts']
+      likely cause: 'counts' is mutable, but a lifted transform around the layer does not pass it on
+      fix: carry_variables='counts' in nn.while_loop, variable_carry='counts' in nn.scan
+    """)
+    assert fs.with_mutable(Looping(True))({}, state, X)[1]["counts"]["turns"] == 3
 
 
 def test_mutable_forgotten() -> None:
@@ -741,8 +823,38 @@ def test_keys_without_the_names_of_their_streams() -> None:
           likely cause: keys without the names of their streams, or another mapping than a dict
           fix: rngs={'dropout': key}
         """).replace("CAME", came)
+    error = fails(fs.CollectionError, apply, params, state, X, rngs={"dropout": 0})
+    assert str(error) == whole("""
+    with_mutable(fn): rngs must be a dict of one key per stream
+      got:
+        rngs['dropout']: int
+      likely cause: a seed, or a stack of keys, is there, where one key is due
+      fix: rngs={'dropout': jax.random.key(0)}
+    """)
     apply(params, state, X, rngs={"dropout": KEY})
     apply(params, state, X, rngs=KEY)  # one key for whatever stream is drawn from, as in Flax
+
+
+@pytest.mark.parametrize("rngs", [jax.random.split(KEY, 3), KEY, [KEY], "test", 5])
+def test_lanes_that_are_given_keys_without_names(rngs: Any) -> None:
+    lanes: Any = fs.vmap_stateful(fs.with_mutable(DROPOUT))
+    error = str(fails(fs.CollectionError, lanes, {}, {}, X, rngs=rngs))
+    assert error.startswith("vmap_stateful(fn): rngs must be a dict of one key per stream")
+    assert "likely cause: keys without the names of their streams" in error
+    seeds = str(fails(fs.CollectionError, lanes, {}, {}, X, rngs={"dropout": 0}))
+    assert "rngs['dropout']: int" in seeds
+    lanes({}, {}, X, rngs={"dropout": KEY})
+
+
+def test_an_error_of_the_models_own_is_left_as_it_is() -> None:
+    error = ValueError("of the model")
+
+    def apply(_variables: Any, /, **_: Any) -> Any:
+        raise error
+
+    with pytest.raises(ValueError, match="of the model") as caught:
+        fs.with_mutable(apply)({}, {})
+    assert caught.value is error
 
 
 def test_a_stream_that_a_lifted_transform_does_not_pass_on() -> None:
@@ -1806,7 +1918,7 @@ OTHER_FORMS: list[tuple[Any, str]] = [
     (
         functools.partial(ANY.with_mutable, fn=MLP(4), method="decode"),
         "with_mutable(method=...): method must be a method of the module, or its name|"
-        "method: str|with_mutable(model, method=Model.decode)",
+        "method: MLP has no 'decode'|with_mutable(model, method=Model.decode)",
     ),
     (
         functools.partial(ANY.with_mutable, fn=MLP(4), mutable=1),

@@ -7,19 +7,21 @@ from typing import Any
 from flax import errors
 
 from flaxsplit._describe import describe
-from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError, UntouchedStateWarning
+from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError, UntouchedStateWarning, said
 from flaxsplit._paths import flatten, keyed
-from flaxsplit._upstream import collection_in, first_sentence, param_in, stream_in
+from flaxsplit._upstream import collection_in, first_sentence, is_about_rngs, param_in, stream_in
 
 from .options import form
 
 _FN = "with_mutable(fn)"
 _MUTABLE = "with_mutable(mutable=...)"
+_OWNERS = {"rngs": "with_rngs", "ema": "with_ema"}
+_RENAMED = "another name for the model's own collection: self.variable('averages', ...)"
 _CALL = "params, state = split_params(module.init(key, x))"
 
 # ---- options
 
-METHOD = form(
+_METHOD = form(
     "with_mutable(method=...)",
     "method must be a method of the module, or its name",
     "with_mutable(model, method=Model.decode)",
@@ -34,6 +36,13 @@ CAPTURE = form(
     "capture must be the name of a sown collection, or names",
     "with_mutable(fn, capture='intermediates')",
 )
+
+
+@Guess
+def METHOD(method: Any, owner: Any) -> Explained:  # noqa: N802
+    """What is no method; a name that the module does not have is said as it was written."""
+    unknown = isinstance(method, str)
+    return _METHOD(f"method: {type(owner).__name__} has no {method!r}" if unknown else f"method: {said(method)}")
 
 
 @Guess
@@ -55,7 +64,9 @@ def NOT_IN_STATE(unknown: Sequence[str], candidates: Sequence[str]) -> Explained
     fix = f"with_mutable(fn, capture={unknown[0]!r}), or state | {{{unknown[0]!r}: ...}}"
     if "params" in unknown:
         cause = "params are the optimizer's to change"
-        fix = "with_mutable(fn) makes every collection of the state mutable"
+        fix = "with_mutable(fn), or mutable=True, makes every collection of the state mutable"
+    elif owned := [name for name in unknown if name in _OWNERS]:
+        cause, fix = _owned(owned[0]), "with_mutable(fn) makes every other collection of the state mutable"
     elif near:
         cause, fix = "a misspelt collection", f"did you mean {' and '.join(map(repr, near))}?"
     came = [f"{name!r} is not one of {sorted(candidates)}" for name in unknown]
@@ -81,13 +92,17 @@ NOTHING_SOWN = Refusal(
 
 # ---- what Flax says
 
-RNGS = Refusal(
-    CollectionError,
-    _FN,
-    "rngs must be a dict of one key per stream",
-    "keys without the names of their streams, or another mapping than a dict",
-    "rngs={'dropout': key}",
-)
+
+@Guess
+def RNGS(where: str, rngs: Any) -> Explained:  # noqa: N802
+    """Keys by hand that are not one key per stream."""
+    required = "rngs must be a dict of one key per stream"
+    if isinstance(rngs, dict):
+        came = [f"rngs[{name!r}]: {describe(key)}" for name, key in rngs.items()]
+        cause = "a seed, or a stack of keys, is there, where one key is due"
+        return CollectionError(where, required, came, cause, f"rngs={{{next(iter(rngs))!r}: jax.random.key(0)}}")
+    cause = "keys without the names of their streams, or another mapping than a dict"
+    return CollectionError(where, required, [f"rngs: {describe(rngs)}"], cause, "rngs={'dropout': key}")
 
 
 @Guess
@@ -98,14 +113,17 @@ def FLAX(error: Exception, names: Sequence[str], variables: Any, state: Any, rng
             return _misformed(variables)
         case errors.InvalidRngError():
             stream = stream_in(error)
-            return _no_rngs(stream, state.get("rngs", {}), rngs) if stream else RNGS(f"rngs: {describe(rngs)}")
+            return _no_rngs(stream, state.get("rngs", {}), rngs) if stream else RNGS(_FN, rngs)
         case errors.ModifyScopeVariableError():
-            return _not_mutable(error, names, variables)
+            return _not_mutable(error, names, variables, state)
         case errors.ScopeParamNotFoundError() | errors.ScopeCollectionNotFound() | errors.ScopeVariableNotFoundError():
-            return _not_found(error, variables)
+            return _not_found(error, variables, state)
         case errors.ScopeParamShapeError():
             return _misshapen(error)
-    raise error
+        case ValueError() if is_about_rngs(error):
+            return RNGS(_FN, rngs)
+        case _:
+            raise error
 
 
 def _no_rngs(stream: str, held: Any, given: Any) -> Explained:
@@ -128,31 +146,45 @@ def _streams(given: Any) -> Any:
     return given if isinstance(given, Mapping) else ()
 
 
-def _not_mutable(error: Exception, names: Sequence[str], variables: Any) -> Explained:
+def _not_mutable(error: Exception, names: Sequence[str], variables: Any, state: Any) -> Explained:
     name = collection_in(error)
-    there = name in variables
-    return CollectionError(
-        _MUTABLE if there else _FN,
-        f"the model writes to the collection {name!r}",
-        [first_sentence(error), f"mutable: {sorted(names)}"],
-        f"{name!r} is not among the mutable collections" if there else f"the state has no {name!r}",
-        f"with_mutable(fn, mutable={sorted([*names, name])})"
-        if there
-        else f"state | {{{name!r}: ...}}, from module.init",
-    )
+    where, cause, fix = _why_not_mutable(name, names, variables, state)
+    came = [first_sentence(error), f"mutable: {sorted(names)}"]
+    return CollectionError(where, f"the model writes to the collection {name!r}", came, cause, fix)
 
 
-def _not_found(error: Exception, variables: Any) -> Explained:
+def _why_not_mutable(name: str, names: Sequence[str], variables: Any, state: Any) -> tuple[str, str, str]:
+    if name == "params":
+        return (
+            _FN,
+            "params are the optimizer's to change",
+            "self.variable('counts', ...) for what the model itself writes",
+        )
+    if name in names:
+        cause = f"{name!r} is mutable, but a lifted transform around the layer does not pass it on"
+        return _FN, cause, f"carry_variables={name!r} in nn.while_loop, variable_carry={name!r} in nn.scan"
+    if name in variables:
+        fix = f"with_mutable(fn, mutable={sorted([*names, name])})"
+        return _MUTABLE, f"{name!r} is not among the mutable collections", fix
+    if name in state and name in _OWNERS:
+        return _FN, _owned(name), _RENAMED
+    return _FN, f"the state has no {name!r}", f"state | {{{name!r}: ...}}, from module.init"
+
+
+def _owned(name: str) -> str:
+    return f"{name!r} in the state belongs to {_OWNERS[name]}, and no model sees it"
+
+
+def _not_found(error: Exception, variables: Any, state: Any) -> Explained:
     name = collection_in(error)
     held = (f"{name}: {sorted(map(str, tree))}" for name, tree in variables.items() if isinstance(tree, Mapping))
-    cause = "params and state belong to another model, or a part was lost"
-    return CollectionError(
-        _FN,
-        "params and state must hold every variable that the model reads",
-        [first_sentence(error), *held],
-        cause if name in variables else f"the state has no {name!r}",
-        f"{_CALL}; fn(params, state, x)",
-    )
+    cause, fix = "params and state belong to another model, or a part was lost", f"{_CALL}; fn(params, state, x)"
+    if name not in variables:
+        cause = f"the state has no {name!r}"
+        if name in state and name in _OWNERS:
+            cause, fix = _owned(name), _RENAMED
+    required = "params and state must hold every variable that the model reads"
+    return CollectionError(_FN, required, [first_sentence(error), *held], cause, fix)
 
 
 def _misformed(variables: Any) -> Explained:
