@@ -27,10 +27,6 @@ NOX := $(BIN)/nox
 ifneq ($(filter demo test checked fuzz bench gpu docs,$(MAKECMDGOALS)),)
 $(info python: $(shell $(or $(wildcard $(BIN)/python),$(PYTHON)) -c 'import platform, sys; print(platform.python_version(), "of", sys.base_prefix)'))
 endif
-# What XLA compiled once is read back in the next run and in the next check. Benchmarks and the demo compile themselves.
-test checked fuzz mutants flags versions lowest newest: export JAX_COMPILATION_CACHE_DIR ?= $(abspath build/jax)
-test checked fuzz mutants flags versions lowest newest: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
-test checked fuzz mutants flags versions lowest newest: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 # Two installations at once into one environment would break it.
 .NOTPARALLEL:
 

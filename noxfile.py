@@ -20,6 +20,7 @@ PYPROJECT = ROOT / "pyproject.toml"
 PYTHONS = nox.project.python_versions(nox.project.load_toml(PYPROJECT))  # the classifiers
 MATRIX = [nox.param(python, end, id=f"{python}-{end}") for python in PYTHONS for end in ("lowest", "newest")]
 BUILT = ROOT / "build" / "dist"
+CACHE = {"FLAXSPLIT_JAX_CACHE": str(ROOT / "build" / "jax")}  # of XLA, shared with `make test`
 
 nox.needs_version = ">=2025.2.9"
 nox.options.envdir = ".venv-nox"
@@ -68,7 +69,7 @@ def versions(session: nox.Session, end: str) -> None:
     session.chdir(tree)
     chosen = session.posargs or ["tests", "--pyargs", "flaxsplit"]
     # As many processes as the smallest machine has cores; worksteal, because a few tests compile for much longer.
-    session.run("pytest", "-n", "2", "--dist", "worksteal", f"--junitxml={folder / 'junit.xml'}", *chosen)
+    session.run("pytest", "-n", "2", "--dist", "worksteal", f"--junitxml={folder / 'junit.xml'}", *chosen, env=CACHE)
     # From 3.13 on, stubtest expects a dataclass to have a `__replace__` that the oldest Flax's Module has not.
     if end == "lowest" and not session.posargs and session.python != "3.13":
         session.run("python", "stubs/check")

@@ -1,6 +1,7 @@
 """Settings that must stand before JAX starts, and how hard hypothesis tries."""
 
 import os
+import pathlib
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -10,6 +11,16 @@ from hypothesis import HealthCheck, settings
 _EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT_DEVICES}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402 (reads the variables above)
+
+# What XLA compiled once is read back, by the other tests and by the next run. Counts of compiles stay what they are. It is
+# no variable, since processes that tests start, some to be killed, would write there too.
+_CACHE = os.environ.get("FLAXSPLIT_JAX_CACHE", str(pathlib.Path(__file__).parent.parent / "build" / "jax"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", _CACHE)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # The first example of a test pays for compiling: no deadline, and no complaint about slow input.
 settings.register_profile(

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,19 +104,21 @@ def test_every_library_builds_the_same_network() -> None:
         check_agree({name: losses_of(peer.step, peer.fresh(), batch, 3) for name, peer in peers.items()})
 
 
-def test_the_largest_batch_is_the_last_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_batch_is_what_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     import jax
 
     from benchmarks import throughput
 
-    def limited(task: Any, size: int) -> Any:
-        if size > 256:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-        return batch_of(task, size)
+    def found(limit: float) -> int:
+        device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": limit})
+        monkeypatch.setattr(jax, "devices", lambda: [device])
+        size: int = throughput.largest(throughput.task_of("MLP", 0, None), lambda words: None)
+        return size
 
-    batch_of = throughput.batch_of
-    monkeypatch.setattr(throughput, "batch_of", limited)
-    assert throughput.largest(throughput.task_of("MLP", 0, None), lambda words: None) == 256
+    sizes = [found(2.0**power) for power in (20, 29, 31, 33)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == 8  # what is tried at least
+    assert sizes[3] == 4 * sizes[2] > 64
 
 
 def test_a_report_has_every_claim_and_its_pictures(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -24,11 +24,7 @@ MARKS = {
     "recompilation": needs_promotion,
     "settle_state": needs_promotion,
 }
-SHOWN = [
-    pytest.param(page, marks=MARKS.get(page.stem, ()))
-    for page in PAGES
-    if "```pycon" in page.read_text()
-]
+SHOWN = [pytest.param(page, marks=MARKS.get(page.stem, ())) for page in PAGES if "```pycon" in page.read_text()]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 

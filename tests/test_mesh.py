@@ -257,7 +257,7 @@ def test_each_device_computes_its_own_rows_of_a_microbatch(kind: Any, count: int
     rows = [int(found) for found in re.findall(r"= f32\[(\d+),\d+\]\S* dot\(", text)]
     assert sorted(rows) == sorted([1024 // 8 // count] * 3 + [8, 512])  # those of 8 and 512 are gradients
     assert not re.search(r" (all-gather|all-to-all|collective-permute)\(", text)
-    assert len(re.findall(r" all-reduce\(", text)) == 1
+    assert len(re.findall(r" all-reduce\(", text)) in (1, 3)  # of two gradients and a loss; older XLA joins them not
     for _ in range(3):
         carry, _ = step(carry, batch)
 
