@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from flaxsplit._describe import shorten
+from flaxsplit._describe import describe, differences, shorten
 from flaxsplit._errors import (
     CollectionError,
     Explained,
@@ -17,6 +17,7 @@ from flaxsplit._errors import (
 
 from .options import form, function
 
+FORM = "fn(params, state, ...) -> (out, new_state)"
 VMAP_FN = function("vmap_stateful(fn)", "fn", "vmap_stateful(with_mutable(model))")
 STATE_AXES = form(
     "vmap_stateful(state_axes=...)",
@@ -42,21 +43,21 @@ NO_COLLECTION = Refusal(
     "a misspelt collection, or it was not split off with the state",
     "vmap_stateful(fn, state_axes={'batch_stats': 0})",
 )
-IN_AXES = Refusal(
+_IN_AXES = Refusal(
     SignatureError,
     "vmap_stateful(in_axes=...)",
     "in_axes must have one entry per positional argument after params and state",
     "params and state were counted too, or keyword arguments were",
     "vmap_stateful(fn, in_axes=0)",
 )
-COLLECTIONS = Refusal(
+_COLLECTIONS = Refusal(
     StateDriftError,
     "vmap_stateful(fn)",
     "fn must return the collections that it was given",
     "a collection was dropped or added",
     "return out, {**state, 'batch_stats': new_batch_stats}",
 )
-BOUND = Refusal(
+_BOUND = Refusal(
     SignatureError,
     "vmap_stateful(axis_name=...)",
     "the name must be free",
@@ -77,22 +78,40 @@ _NO_SIZE = _SIZES.but(
 
 
 @Guess
-def SIZES(sizes: dict[str, tuple[Any, str, int]]) -> Explained:  # noqa: N802 (a row as the others are)
+def IN_AXES(entries: int, arguments: int) -> Explained:  # noqa: N802 (a row as the others are)
+    """As many axes as there are no arguments."""
+    return _IN_AXES(f"in_axes: {entries} entries, for {arguments} arguments")
+
+
+@Guess
+def COLLECTIONS(before: Any, after: Any) -> Explained:  # noqa: N802
+    """Collections that come or go."""
+    return _COLLECTIONS(*map(str, differences(dict(before), dict(after), "state")))
+
+
+@Guess
+def BOUND(axis_name: str) -> Explained:  # noqa: N802
+    """A name of the axis that is taken."""
+    return _BOUND(f"axis_name: {axis_name!r} is bound by an enclosing vmap, pmap or shard_map", name=axis_name)
+
+
+@Guess
+def SIZES(mapped: list[tuple[str, Any, int, int | None]]) -> Explained:  # noqa: N802
     """Mapped axes of several sizes, the rarest first; or none."""
-    often = Counter(size for size, _, _ in sizes.values())
-    rare_first = sorted(sizes.items(), key=lambda item: often[item[1][0]])
-    lines = [f"{path}: {words}, axis {axis}" for path, (_, words, axis) in rare_first]
+    often = Counter(size for *_, size in mapped)
+    rare_first = sorted(mapped, key=lambda each: often[each[3]])
+    lines = [f"{path}: {describe(leaf)}, axis {axis}" for path, leaf, axis, _ in rare_first]
     return _SIZES(*lines) if lines else _NO_SIZE("no axis is mapped")
 
 
 @Guess
-def AXES(name: str, words: str) -> Explained:  # noqa: N802
+def AXES(name: str, wrong: list[Any]) -> Explained:  # noqa: N802
     """An axis that is no whole number."""
     option = {"params": "params_axes", "state": "state_axes"}.get(name, "in_axes")
     return SignatureError(
         f"vmap_stateful({option}=...)",
         "axes must be whole numbers or None, or a tree of these that begins as the argument does",
-        [f"for {name}: {words}"],
+        [f"for {name}: {describe(wrong[0])}"],
         "the axes were made for another argument, or something else was passed",
         f"{option}={{'batch_stats': 0}}" if name == "state" else f"{option}=0",
     )
