@@ -14,8 +14,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402 (reads the variables above)
 
-# What XLA compiled once is read back, by the other tests and by the next run. Counts of compiles stay what they are. It is
-# no variable, since processes that tests start, some to be killed, would write there too.
+# What XLA compiled once is read back, by the other tests and by the next run; counts of compiles stay what they are. It
+# is no variable: processes that tests start, some to be killed, would write there too.
 _CACHE = os.environ.get("FLAXSPLIT_JAX_CACHE", str(pathlib.Path(__file__).parent.parent / "build" / "jax"))
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", _CACHE)
