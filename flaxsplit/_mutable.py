@@ -11,7 +11,7 @@ from flax import core, errors
 
 from ._checks import checked, two_of
 from ._describe import plain, same_leaves, wraps
-from ._refusals.apply import CAPTURE, FLAX, METHOD, MODEL, MUTABLE, NOT_IN_STATE, NOTHING_SOWN, UNTOUCHED
+from ._refusals.apply import CAPTURE, FLAX, FORM, METHOD, MODEL, MUTABLE, NOT_IN_STATE, NOTHING_SOWN, UNTOUCHED
 from ._split import check_halves, merge_state
 from ._types import OVERWRITTEN, AnyParams, ApplyFn, LinenModule, Mutable, State, Stateful, Tree
 from ._upstream import is_nn_apply, reopened
@@ -119,7 +119,7 @@ def with_mutable(
             result = apply(variables, *args, mutable=(*names, *captured), **kwargs)
         except (errors.FlaxError, ValueError) as error:
             FLAX.instead_of(error, error, names, variables, state, kwargs.get("rngs"))
-        out, updated = two_of(result, "with_mutable(fn)", "fn(variables, *args, mutable=[...]) -> (out, updated)")
+        out, updated = two_of(result, "with_mutable(fn)", FORM)
         new_state = {**state, **{name: plain(updated[name]) for name in names if name in updated}}
         _warn_untouched([name for name in names if name != OVERWRITTEN], variables, new_state)
         return ((out, _sown(captured, updated)) if captured else out), new_state

@@ -19,6 +19,8 @@ _OWNERS = {"rngs": "with_rngs", "ema": "with_ema"}
 _RENAMED = "another name for the model's own collection: self.variable('averages', ...)"
 _CALL = "params, state = split_params(module.init(key, x))"
 
+FORM = "fn(variables, *args, mutable=[...]) -> (out, updated)"
+
 # ---- options
 
 _METHOD = form(
