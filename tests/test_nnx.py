@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import flaxsplit as fs
-from flaxsplit._filters import flatten
+from flaxsplit._paths import flatten
 
 from . import nnx_models as m
 from .flags import ONCE, needs_x32

@@ -207,7 +207,7 @@ class Out(NamedTuple):
 )
 def test_jit_step_pins_the_carry_of_any_return_form(form: Any, kind: Any) -> None:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
-    carry = {"w": jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh, P("data"))), "n": 0}
+    carry: Any = {"w": jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh, P("data"))), "n": 0}
 
     def step(carry: Any, batch: Any, scale: Any, *, offset: Any) -> Any:
         new = {"w": carry["w"] + scale * batch.sum() + offset, "n": carry["n"] + 1}

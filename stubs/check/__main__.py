@@ -44,7 +44,9 @@ def check_stubtest() -> list[str]:
     names = sorted(
         ".".join(("flax", *path.relative_to(source).with_suffix("").parts)) for path in source.rglob("*.pyi")
     )
-    settings = ("--mypy-config-file", "pyproject.toml", "--allowlist", "allowlist.txt")
+    settings = ["--mypy-config-file", "pyproject.toml", "--allowlist", "allowlist.txt"]
+    if sys.version_info >= (3, 13):
+        settings += ["--allowlist", "allowlist-3.13.txt"]
     return complaints("-m", "mypy.stubtest", *names, "--concise", *settings)
 
 
