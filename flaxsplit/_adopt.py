@@ -1,10 +1,12 @@
 """What a checkpoint gave back becomes a carry again, which the compiled step takes without compiling."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._carry import is_given
 from ._checks import checked
@@ -16,7 +18,7 @@ T = TypeVar("T")
 
 
 @checked
-def adopt_carry(restored: Any, like: T) -> T:
+def adopt_carry(restored: Any, like: T, *, strict: bool = True) -> T:
     """Makes what a checkpoint gave back into a carry that the compiled step takes without compiling again.
 
     Law: `adopt_carry(carry, carry) == carry` in values, structure, dtypes and placement; also after a round trip
@@ -33,6 +35,9 @@ def adopt_carry(restored: Any, like: T) -> T:
         restored: what the checkpoint library returned.
         like: a carry as `init_carry` makes it; only its shapes, dtypes and shardings are read, so a donated one, or
             one of `jax.ShapeDtypeStruct`, does too.
+        strict: whether both must have the same leaves. If not, a leaf that `restored` lacks is the one of `like`, and
+            what it has beyond `like` is left out; a leaf that both have in another shape or dtype stays an error. So
+            training goes on with other params frozen, or with an average that was not there before.
 
     Returns:
         A carry of `like`'s structure and placement, with buffers of its own.
@@ -46,9 +51,9 @@ def adopt_carry(restored: Any, like: T) -> T:
     found, wrong, used = {}, [], set()
     for path, leaf in wanted:
         name = "carry" + jax.tree_util.keystr(path)
-        value = _walk(restored, path)
+        value = _unwrapped(_walk(restored, path), leaf)
+        value = leaf if value is _NOTHING and not strict else value
         used.add(_plain_path(path))
-        value = _unwrapped(value, leaf)
         if value is _NOTHING:
             wrong.append(Difference(name, describe(leaf), "absent"))
         elif not is_given(value):
@@ -57,7 +62,8 @@ def adopt_carry(restored: Any, like: T) -> T:
             wrong.append(Difference(name, describe(leaf), describe(strong(value) if not is_array(value) else value)))
         else:
             found[name] = (value, leaf)
-    left = [path for path, _ in jax.tree_util.tree_flatten_with_path(restored)[0] if _plain_path(path) not in used]
+    held = jax.tree_util.tree_flatten_with_path(restored)[0] if strict else []
+    left = [path for path, _ in held if _plain_path(path) not in used]
     wrong += [Difference("carry" + jax.tree_util.keystr(path), "absent", "in the checkpoint") for path in left]
     UNADOPTED.if_any(map(str, wrong))
     adopted: T = jax.tree.unflatten(treedef, _alike(found))
@@ -82,19 +88,36 @@ def _entry(key: Any) -> Any:
 def _walk(tree: Any, path: tuple[Any, ...]) -> Any:
     """Follows a path through containers of another kind: a dict for a named tuple, a list for a tuple."""
     for key in map(_entry, path):
-        if isinstance(tree, Mapping):
-            tree = tree.get(key, tree.get(str(key), _NOTHING))
-        elif isinstance(key, str) and not isinstance(tree, list) and hasattr(tree, key):
-            tree = getattr(tree, key)
-        elif isinstance(key, int) and isinstance(tree, list | tuple) and key < len(tree):
-            tree = tree[key]
-        else:
-            return _NOTHING
+        tree = _child(tree, key)
     return tree
 
 
+def _child(tree: Any, key: Any) -> Any:
+    """One level of it. A checkpoint may have made numbers of names, and names of numbers."""
+    if isinstance(tree, Mapping):
+        names = [key, str(key), *([int(key)] if isinstance(key, str) and key.isdecimal() else [])]
+        return next((tree[name] for name in names if name in tree), _NOTHING)
+    if key in _fields(tree):
+        return getattr(tree, key)
+    is_place = isinstance(key, int) and isinstance(tree, list | tuple) and key < len(tree)
+    return tree[key] if is_place else _NOTHING
+
+
+def _fields(tree: Any) -> Sequence[str]:
+    """The fields of a named tuple or a dataclass; what else it has, such as a tuple's `count`, is no leaf."""
+    if dataclasses.is_dataclass(tree):
+        return [field.name for field in dataclasses.fields(tree)]
+    fields: Sequence[str] = getattr(tree, "_fields", ())
+    return fields
+
+
 def _unwrapped(value: Any, leaf: Any) -> Any:
-    """Key data becomes keys again where keys are due, and keys become key data where a legacy key is due."""
+    """Key data becomes keys again where keys are due, and keys become key data where a legacy key is due.
+
+    A dtype that NumPy does not know, such as bf16, comes back from a `.npz` as raw bytes of its size.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind == "V" and value.dtype.itemsize == leaf.dtype.itemsize:
+        return value.view(leaf.dtype)
     wants_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     if wants_key and is_array(value) and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return (
