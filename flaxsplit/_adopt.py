@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._carry import is_given
+from ._carry import is_given, survives
 from ._checks import checked
 from ._describe import Difference, describe, is_array, kind_of, strong
 from ._place import placed
-from ._refusals.carry import LIKE, UNADOPTED
+from ._refusals.carry import LIKE, TOO_WIDE, UNADOPTED
 
 T = TypeVar("T")
 
@@ -66,6 +66,8 @@ def adopt_carry(restored: Any, like: T, *, strict: bool = True) -> T:
     left = [path for path, _ in held if _plain_path(path) not in used]
     wrong += [Difference("carry" + jax.tree_util.keystr(path), "absent", "in the checkpoint") for path in left]
     UNADOPTED.if_any(map(str, wrong))
+    wide = (f"{name}: {describe(value)}, beyond 32 bits" for name, (value, _) in found.items() if not survives(value))
+    TOO_WIDE.if_any(wide, where="adopt_carry(restored, like)")
     adopted: T = jax.tree.unflatten(treedef, _alike(found))
     return adopted
 

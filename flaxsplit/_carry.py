@@ -5,13 +5,14 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from ._checks import check_tx, checked
-from ._describe import is_deleted, is_numeric, keyed_leaves, plain
+from ._describe import describe, is_deleted, is_numeric, keyed_leaves, plain
 from ._place import placed
-from ._refusals.carry import APART, NOT_GIVEN, SHARDING, UNINITIALIZED
+from ._refusals.carry import APART, NOT_GIVEN, SHARDING, TOO_WIDE, UNINITIALIZED
 from ._types import AnyParams, Carry, Transformation, Tree
 
 T = TypeVar("T")
@@ -41,8 +42,8 @@ def init_carry(params: AnyParams, state: Tree, tx: Transformation, *, sharding: 
         every leaf does (others replicated), else all are on one device.
 
     Raises:
-        SignatureError: a leaf is not an array or number, params and state live on different devices or meshes, or `tx`
-            holds a mask of FrozenDicts.
+        SignatureError: a leaf is not an array or number, or a whole number beyond JAX's bits; params and state live on
+            different devices or meshes; or `tx` holds a mask of FrozenDicts.
 
     As `flax.training.train_state.TrainState.create`, without functions in the tree.
     """
@@ -63,6 +64,7 @@ def _initialized(tx: Transformation, params: Any) -> Any:
 
 def _owned(tree: T, name: str) -> T:
     NOT_GIVEN.unless_all(is_given, tree, name)
+    TOO_WIDE.unless_all(survives, tree, name, say=_wide, where="init_carry(params, state, tx)")
     owned: T = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jax.typeof(leaf).dtype, copy=True), tree)
     return owned
 
@@ -70,6 +72,18 @@ def _owned(tree: T, name: str) -> T:
 def is_given(leaf: Any) -> bool:
     """Tells what has a value that can be copied."""
     return is_numeric(leaf) and not is_deleted(leaf)
+
+
+def survives(leaf: Any) -> bool:
+    """Tells what JAX stores as the number that it is: of 64-bit whole numbers, what fits into its 32."""
+    if isinstance(leaf, jax.Array | bool) or np.asarray(leaf).dtype.kind not in "iuO" or not np.size(leaf):
+        return True
+    limits = np.iinfo(jax.dtypes.canonicalize_dtype(np.int64 if isinstance(leaf, int) else leaf.dtype))
+    return bool(limits.min <= np.min(leaf) and np.max(leaf) <= limits.max)
+
+
+def _wide(leaf: Any) -> str:
+    return f"{describe(leaf)}, beyond 32 bits"
 
 
 def _placed(carry: Carry, sharding: Sharding | None) -> Carry:

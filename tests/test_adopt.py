@@ -3,13 +3,13 @@
 import io
 from typing import Any, NamedTuple
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import struct
 
 import flaxsplit as fs
 
@@ -133,7 +133,7 @@ def test_numbers_for_names_and_names_for_numbers(names: Any) -> None:
 
 
 def test_a_dataclass_and_a_bf16_array_out_of_a_npz() -> None:
-    @flax.struct.dataclass
+    @struct.dataclass
     class Scale:
         value: Any
 

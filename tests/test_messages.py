@@ -1467,6 +1467,24 @@ def test_a_carry_that_is_none() -> None:
     step(fs.adopt_carry(restored, one()), jnp.ones(3))
 
 
+@needs_x32
+@pytest.mark.parametrize("count", [3_000_000_000, np.int64(3_000_000_000), np.array([1, -3_000_000_000])])
+def test_a_number_that_jax_would_store_as_another(count: Any) -> None:
+    error = fails(fs.SignatureError, fs.init_carry, {"w": jnp.ones(3)}, {"data": {"seen": count}}, TX)
+    assert str(error) == whole("""
+    init_carry(params, state, tx): every whole number must fit into the bits that JAX has for it
+      got:
+        state['data']['seen']: CAME, beyond 32 bits
+      likely cause: a number of 64 bits: JAX has 32, unless jax_enable_x64 is set, and would store another number
+      fix: jax.config.update('jax_enable_x64', True), or a count in another unit
+    """).replace("CAME", {int: "int", np.int64: "i64[]"}.get(type(count), "i64[2]"))
+    if np.ndim(count) == 0:
+        error = fails(fs.SignatureError, fs.adopt_carry, {"seen": int(count)}, {"seen": jnp.int32(0)})
+        assert error.leaves == ("carry['seen']: int, beyond 32 bits",)
+    carry = fs.init_carry({"w": jnp.ones(3)}, {"data": {"seen": np.int64(3_000)}}, TX)
+    assert int(carry.state["data"]["seen"]) == 3_000
+
+
 def test_params_of_whole_numbers() -> None:
     variables = {"params": {"w": jnp.ones(3), "count": jnp.int32(0)}}
     carry = fs.init_carry(variables["params"], {}, TX)

@@ -31,6 +31,13 @@ NOT_GIVEN = Refusal(
     "a function, a string, an abstract value, a donated array or another object is in the tree",
     "keep what does not change in the closure of the step; for an abstract carry, jax.eval_shape of init_carry",
 )
+TOO_WIDE = Refusal(
+    SignatureError,
+    "$where",
+    "every whole number must fit into the bits that JAX has for it",
+    "a number of 64 bits: JAX has 32, unless jax_enable_x64 is set, and would store another number",
+    "jax.config.update('jax_enable_x64', True), or a count in another unit",
+)
 SHARDING = Refusal(
     SignatureError,
     "init_carry(sharding=...)",
