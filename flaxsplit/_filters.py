@@ -43,7 +43,21 @@ def _chosen(trainable: Trainable, leaves: Mapping[Path, Any]) -> set[Path]:
     return chosen
 
 
+def _negated(asked: str, paths: int) -> CollectionError:
+    """What `!` stands for elsewhere: everything but that."""
+    start = asked.lstrip("!").rstrip("*")
+    return CollectionError(
+        "split_params(trainable=...)",
+        "the filter must match at least one param",
+        [f"{asked!r} matches none of {paths}"],
+        "a glob has no '!': it chooses what is trained, and nothing takes away from it",
+        f"trainable=lambda path, leaf: not path.startswith({start!r})",
+    )
+
+
 def _nothing_chosen(trainable: Trainable, leaves: Mapping[Path, Any]) -> CollectionError:
+    if isinstance(trainable, str) and trainable.startswith("!"):
+        return _negated(trainable, len(leaves))
     paths = [joined(path) for path in leaves]
     branches = {joined(path[:end]) + "/*" for path in leaves for end in range(1, len(path))}
     asked = trainable if isinstance(trainable, str) else ""

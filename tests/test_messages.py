@@ -1485,6 +1485,21 @@ def test_a_number_that_jax_would_store_as_another(count: Any) -> None:
     assert int(carry.state["data"]["seen"]) == 3_000
 
 
+def test_a_negated_glob() -> None:
+    variables = variables_of(MLP(), X[0])
+    error = fails(fs.CollectionError, fs.split_params, variables, trainable="!Dense_0/*")
+    assert str(error) == whole("""
+    split_params(trainable=...): the filter must match at least one param
+      got:
+        '!Dense_0/*' matches none of 6
+      likely cause: a glob has no '!': it chooses what is trained, and nothing takes away from it
+      fix: trainable=lambda path, leaf: not path.startswith('Dense_0/')
+    """)
+    params, state = fs.split_params(variables, trainable=lambda path, leaf: not path.startswith("Dense_0/"))
+    assert "Dense_0" not in params
+    assert state["params"].keys() == {"Dense_0"}
+
+
 def test_params_of_whole_numbers() -> None:
     variables = {"params": {"w": jnp.ones(3), "count": jnp.int32(0)}}
     carry = fs.init_carry(variables["params"], {}, TX)
