@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 
-from ._describe import is_numeric, kind_of
-from ._errors import Explained, SignatureError
-from ._refusals.options import COUNT, TWO, TX, form, function
+from ._describe import is_numeric
+from ._errors import Explained
+from ._refusals.options import COUNT, TWO, TX
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,26 +53,6 @@ def two_of(result: Any, where: str, form: str) -> tuple[Any, Any]:
     TWO.unless(isinstance(result, tuple) and len(result) == 2, result, where, form)
     first, second = result
     return first, second
-
-
-# LEGACY: to go once _mutable, _vmap, _rngs, _settle, _traces and _nnx speak by rows
-
-
-def check_form(where: str, name: str, value: Any, fits: bool, required: str, fix: str) -> None:
-    """Fails where an argument is not of the form that is required, before anything is traced or changed."""
-    form(where, f"{name} must be {required}", fix).unless(fits, **{name: value})
-
-
-def check_function(where: str, name: str, fn: Any, fix: str) -> None:
-    """Fails where a function is due: a module is to be wrapped first, and a class to be constructed."""
-    function(where, name, fix).unless(is_function(fn), **{name: fn})
-
-
-def check_leaves(where: str, required: str, leaves: Any, fits: Any, cause: str, fix: str, say: Any = kind_of) -> None:
-    """Fails where leaves are not what is required; names every one by its key path."""
-    strange = [f"{path}: {say(leaf)}" for path, leaf in leaves.items() if not fits(leaf)]
-    if strange:
-        raise SignatureError(where, required, strange, cause, fix)
 
 
 def checked(fn: F) -> F:

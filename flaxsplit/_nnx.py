@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import Literal
 
-from ._checks import check_form, check_leaves, checked
-from ._describe import ABSENT, Difference, describe, is_array, wraps
+from ._checks import checked
+from ._describe import ABSENT, Difference, describe, is_array, kind_of, wraps
 from ._errors import CollectionError, SignatureError, StateDriftError
 from ._filters import choose
 from ._mutable import HIDDEN
 from ._paths import Path, flatten, joined, keyed, unflatten
+from ._refusals.nnx import METHOD, WITHOUT_VALUE
 from ._split import check_halves
 from ._types import AnyParams, Params, State, Stateful, Trainable, Tree
 
@@ -116,9 +117,7 @@ def from_nnx(
     _check_concrete(slots, leaves)
     chosen = _trainable(trainable, module, dict(zip(slots, leaves, strict=True)))
     given: Any = method
-    fits = given is None or (callable(given) and not isinstance(given, type))
-    required, fix = "a function of the module", "from_nnx(module, method=Model.decode)"
-    check_form("from_nnx(method=...)", "method", given, fits, required, fix)
+    METHOD.unless(given is None or (callable(given) and not isinstance(given, type)), method=given)
     call = type(module).__call__ if method is None else getattr(method, "__func__", method)  # bound: brings its module
 
     @wraps(call, ("params", "state"), 1)
@@ -425,14 +424,8 @@ def _check_module(where: str, module: Any) -> None:
 
 
 def _check_concrete(slots: list[_Slot], leaves: list[Any]) -> None:
-    check_leaves(
-        "from_nnx(module)",
-        "every variable must have a value",
-        {joined(slot.path): leaf for slot, leaf in zip(slots, leaves, strict=True)},
-        lambda leaf: not isinstance(leaf, jax.ShapeDtypeStruct),
-        "the module was made by nnx.eval_shape and not filled",
-        "from_nnx(Model(..., rngs=nnx.Rngs(0))), or nnx.update(module, state) before",
-    )
+    empty = ((slot, leaf) for slot, leaf in zip(slots, leaves, strict=True) if isinstance(leaf, jax.ShapeDtypeStruct))
+    WITHOUT_VALUE.if_any(f"{joined(slot.path)}: {kind_of(leaf)}" for slot, leaf in empty)
 
 
 def _is_inexact(leaf: Any) -> bool:

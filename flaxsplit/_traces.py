@@ -11,9 +11,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-from ._checks import check_count, check_form, checked
-from ._describe import Difference, abstract, differences, name_of
-from ._errors import RetraceError
+from ._checks import check_count, checked
+from ._describe import abstract, name_of
+from ._refusals.watch import RETRACED, TRACED
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,7 +47,7 @@ def assert_max_traces(fn: Callable[P, R], max_traces: int = 1) -> Callable[P, R]
 
     As `chex.assert_max_traces`, but it says why.
     """
-    check_form("assert_max_traces(fn)", "fn", fn, callable(fn), "a function", "assert_max_traces(step)")
+    TRACED.unless(callable(fn), fn=fn)
     check_count("assert_max_traces(fn, max_traces=...)", max_traces)
     seen: list[dict[str, Any]] = []
     lock = threading.Lock()
@@ -58,8 +58,7 @@ def assert_max_traces(fn: Callable[P, R], max_traces: int = 1) -> Callable[P, R]
             return fn(*args, **kwargs)
         call = {name: abstract(value) for name, value in _named(fn, args, kwargs).items()}
         with lock:
-            if len(seen) >= max_traces:
-                raise _retraced(name_of(fn), seen, call, max_traces)
+            RETRACED.unless(len(seen) < max_traces, name_of(fn), seen, call, max_traces)
             seen.append(call)
         return fn(*args, **kwargs)
 
@@ -72,39 +71,6 @@ def _named(fn: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
     except (TypeError, ValueError):  # no signature, or a wrong call: then fn itself complains
         return {**{f"args[{i}]": arg for i, arg in enumerate(args)}, **kwargs}
     return dict(bound.arguments)
-
-
-def _retraced(name: str, seen: list[dict[str, Any]], call: dict[str, Any], max_traces: int) -> RetraceError:
-    changed = min((_changed(earlier, call) for earlier in seen), key=len)
-    if changed:
-        cause = "the call differs from every earlier one, and JAX compiles for each"
-        fix = _fix(changed) + "; or a higher max_traces, if each is meant"
-    else:
-        cause = "jax.jit was applied anew to a new function object, its cache or jax.config changed, or fn ran unjitted"
-        fix = "step = jit_step(...) once, before the loop"
-    return RetraceError(
-        f"assert_max_traces({name}, max_traces={max_traces})",
-        f"traced {len(seen) + 1} times",
-        [str(each) for each in changed] or ["no argument changed"],
-        cause,
-        fix,
-    )
-
-
-def _fix(changed: list[Difference]) -> str:
-    sides = [side for each in changed for side in (each.before, each.after)]
-    if not all("[" in side for side in sides):
-        return "keep the structure, and make static values, tx and functions once, outside the loop"
-    if any("(weak type)" in side for side in sides):
-        return "init_carry for the carry, jnp.asarray(value, dtype) for Python numbers"
-    if any("@" in side for side in sides):
-        return "jit_step(step, like=carry), and every batch put on the mesh alike"
-    return "drop or pad the ragged last batch, settle_state before init_carry"
-
-
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[Difference]:
-    both = {**before, **after}
-    return [each for name in both for each in differences(before.get(name), after.get(name), name)]
 
 
 @dataclass

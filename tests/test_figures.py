@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Their words still stand between the lines that do the work.
-UNCONVERTED = {"_filters.py", "_nnx.py", "_split.py", "_traces.py"}
+UNCONVERTED = {"_filters.py", "_nnx.py", "_split.py"}
 LARGE = {"_describe.py", "_nnx.py", "_refusals/improve.py"}
 
 

@@ -1,0 +1,45 @@
+"""Refusals of what watches the compiler."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from flaxsplit._describe import Difference, differences
+from flaxsplit._errors import Explained, Guess, RetraceError
+
+from .options import form
+
+TRACED = form("assert_max_traces(fn)", "fn must be a function", "assert_max_traces(step)")
+
+
+@Guess
+def RETRACED(name: str, seen: Sequence[Any], call: dict[str, Any], most: int) -> Explained:  # noqa: N802 (a row)
+    """One trace more than is due, beside the earlier one that is nearest."""
+    changed = min((_changed(earlier, call) for earlier in seen), key=len)
+    cause = "jax.jit was applied anew to a new function object, its cache or jax.config changed, or fn ran unjitted"
+    fix = "step = jit_step(...) once, before the loop"
+    if changed:
+        cause = "the call differs from every earlier one, and JAX compiles for each"
+        fix = _fix(changed) + "; or a higher max_traces, if each is meant"
+    return RetraceError(
+        f"assert_max_traces({name}, max_traces={most})",
+        f"traced {len(seen) + 1} times",
+        [str(each) for each in changed] or ["no argument changed"],
+        cause,
+        fix,
+    )
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[Difference]:
+    both = {**before, **after}
+    return [each for name in both for each in differences(before.get(name), after.get(name), name)]
+
+
+def _fix(changed: list[Difference]) -> str:
+    sides = [side for each in changed for side in (each.before, each.after)]
+    if not all("[" in side for side in sides):
+        return "keep the structure, and make static values, tx and functions once, outside the loop"
+    if any("(weak type)" in side for side in sides):
+        return "init_carry for the carry, jnp.asarray(value, dtype) for Python numbers"
+    if any("@" in side for side in sides):
+        return "jit_step(step, like=carry), and every batch put on the mesh alike"
+    return "drop or pad the ragged last batch, settle_state before init_carry"
