@@ -1,6 +1,5 @@
 """Which part: what `trainable` chooses."""
 
-import difflib
 import fnmatch
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +7,8 @@ from typing import Any
 import jax
 
 from ._describe import describe, keyed_leaves
-from ._errors import CollectionError, SignatureError
 from ._paths import Path, flatten, joined, keyed
+from ._refusals.apart import MASK, NO_BOOL, NO_FILTER, NOTHING_CHOSEN
 from ._types import Trainable, Tree
 
 
@@ -28,52 +27,12 @@ def _chosen(trainable: Trainable, leaves: Mapping[Path, Any]) -> set[Path]:
             return _masked(trainable, leaves)
         case list() | tuple():
             chosen = set().union(*(_chosen(each, leaves) for each in trainable))
-        case _ if callable(trainable):
-            chosen = {path for path, leaf in leaves.items() if trainable(joined(path), leaf)}
         case _:
-            raise SignatureError(
-                "split_params(trainable=...)",
-                "a glob, a predicate (path, leaf) -> bool, a tree of bools, or a list of these",
-                [f"trainable: {describe(trainable)}"],
-                "something else was passed",
-                "split_params(variables, trainable='head/*')",
-            )
-    if not chosen:
-        raise _nothing_chosen(trainable, leaves)
+            NO_FILTER.unless(callable(trainable), trainable=trainable)
+            predicate: Any = trainable
+            chosen = {path for path, leaf in leaves.items() if predicate(joined(path), leaf)}
+    NOTHING_CHOSEN.unless(chosen, trainable, leaves)
     return chosen
-
-
-def _negated(asked: str, paths: int) -> CollectionError:
-    """What `!` stands for elsewhere: everything but that."""
-    start = asked.lstrip("!").rstrip("*")
-    return CollectionError(
-        "split_params(trainable=...)",
-        "the filter must match at least one param",
-        [f"{asked!r} matches none of {paths}"],
-        "a glob has no '!': it chooses what is trained, and nothing takes away from it",
-        f"trainable=lambda path, leaf: not path.startswith({start!r})",
-    )
-
-
-def _nothing_chosen(trainable: Trainable, leaves: Mapping[Path, Any]) -> CollectionError:
-    if isinstance(trainable, str) and trainable.startswith("!"):
-        return _negated(trainable, len(leaves))
-    paths = [joined(path) for path in leaves]
-    branches = {joined(path[:end]) + "/*" for path in leaves for end in range(1, len(path))}
-    asked = trainable if isinstance(trainable, str) else ""
-    near = difflib.get_close_matches(asked, [*sorted(branches), *paths], n=3, cutoff=0.5)
-    shown = repr(trainable) if asked else "the predicate" if callable(trainable) else f"an empty {describe(trainable)}"
-    return CollectionError(
-        "split_params(trainable=...)",
-        "the filter must match at least one param",
-        [f"{shown} matches none of {len(paths)}: {', '.join(map(repr, paths[:3]))}{', ...' if len(paths) > 3 else ''}"],
-        "a misspelt path"
-        if asked
-        else "the predicate takes (path, leaf), the path joined by '/'"
-        if callable(trainable)
-        else "the filters were lost on the way",
-        f"did you mean {' or '.join(map(repr, near))}?" if near else "a glob on the '/'-joined path: 'head/*'",
-    )
 
 
 def _masked(mask: Tree, leaves: Mapping[Path, Any]) -> set[Path]:
@@ -86,26 +45,14 @@ def _masked(mask: Tree, leaves: Mapping[Path, Any]) -> set[Path]:
     unused = [path for path, leaf in flat.items() if path not in owners.values() and not isinstance(leaf, Mapping)]
     strange += [f"{keyed(path, 'mask')}: no such param" for path in unused]
     chosen = {path for path, owner in owners.items() if owner is not None and _bool_of(flat[owner], owner)}
-    if strange or not chosen:
-        raise CollectionError(
-            "split_params(trainable=...)",
-            "a tree of bools must have the structure of the params, and at least one True",
-            strange or ["no True in the mask"],
-            "the mask was made for other params",
-            "trainable=jax.tree.map(lambda leaf: ..., variables['params'])",
-        )
+    MASK.if_any(strange or ([] if chosen else ["no True in the mask"]))
     return chosen
 
 
 def _bool_of(value: Any, path: Path) -> bool:
     """Takes a bool, or a box or tuple of one and the same bool: a mask made by `jax.tree.map` keeps the boxes."""
     bools = jax.tree.leaves(value)
-    if all(isinstance(each, bool) for each in bools) and len(set(bools)) == 1:
-        return bool(bools[0])
-    raise SignatureError(
-        "split_params(trainable=...)",
-        "every leaf of the mask must be one bool",
-        [f"{at}: {describe(leaf)}" for at, leaf in keyed_leaves(value, keyed(path, "mask")).items()],
-        "arrays or strings where bools are due, or two answers for one boxed param",
-        "trainable=jax.tree.map(lambda leaf: leaf.ndim > 1, variables['params'])",
-    )
+    is_one = all(isinstance(each, bool) for each in bools) and len(set(bools)) == 1
+    leaves = () if is_one else keyed_leaves(value, keyed(path, "mask")).items()
+    NO_BOOL.unless(is_one, *(f"{at}: {describe(leaf)}" for at, leaf in leaves))
+    return bool(bools[0])

@@ -5,9 +5,9 @@ from typing import Any
 
 from ._checks import checked
 from ._describe import describe, plain
-from ._errors import CollectionError, SignatureError
 from ._filters import choose
 from ._paths import flatten, keyed, unflatten
+from ._refusals.apart import NO_HALF, NO_MAPPING, NO_PARAMS, OVERLAP, SWAPPED, VARIABLES, WRAPPED_TWICE
 from ._types import AnyParams, Params, State, Trainable, Tree, Variables
 
 RESERVED = frozenset({"params", "batch_stats", "cache", "intermediates", "rngs", "ema"})
@@ -81,15 +81,7 @@ def _joined(frozen: dict[Any, Any], trained: dict[Any, Any]) -> dict[str, Any]:
     frozen = {path: leaf for path, leaf in frozen.items() if not _is_empty(leaf) or path not in _prefixes(trained)}
     trained = {path: leaf for path, leaf in trained.items() if not _is_empty(leaf) or path not in _prefixes(frozen)}
     both = (frozen.keys() & _prefixes(trained)) | (trained.keys() & _prefixes(frozen))
-    if both:
-        names = sorted(keyed(path, "params") for path in both)
-        raise CollectionError(
-            "merge_state(params, state)",
-            "each param must be in params or in state['params'], not in both",
-            names,
-            "params and state come from different calls of split_params, or params were merged before",
-            "params, state = split_params(variables, trainable=...); merge_state(params, state)",
-        )
+    OVERLAP.if_any(sorted(keyed(path, "params") for path in both))
     return unflatten(frozen | trained)
 
 
@@ -102,61 +94,26 @@ def _is_empty(leaf: Any) -> bool:
 
 
 def _params_of(variables: Any) -> Tree:
-    where = "split_params(variables)"
-    if not isinstance(variables, Mapping):
-        raise SignatureError(
-            where,
-            "variables must be a mapping {collection: tree}",
-            [f"variables: {describe(variables)}"],
-            "something else than what module.init returns was passed",
-            "split_params(module.init(key, x))",
-        )
-    if not isinstance(variables.get("params"), Mapping):
-        raise CollectionError(
-            where,
-            "variables must have a 'params' collection",
-            [f"collections: {sorted(map(str, variables))}"],
-            "variables['params'] was passed instead of variables, or the model has no params",
-            "split_params(module.init(key, x)), or split_params({'params': {}, **variables})",
-        )
-    if isinstance(variables["params"].get("params"), Mapping) and RESERVED.issuperset(variables["params"]):
-        raise CollectionError(
-            where,
-            "'params' must hold the params themselves",
-            [f"variables['params']: {sorted(map(str, variables['params']))}"],
-            "variables were wrapped in {'params': ...} once too often",
-            "split_params(variables['params'])",
-        )
-    tree: Tree = variables["params"]
-    return tree
+    NO_MAPPING.unless(isinstance(variables, Mapping), variables=variables)
+    tree = variables.get("params")
+    NO_PARAMS.unless(isinstance(tree, Mapping), f"collections: {sorted(map(str, variables))}")
+    is_wrapped = isinstance(tree.get("params"), Mapping) and RESERVED.issuperset(tree)
+    WRAPPED_TWICE.unless(not is_wrapped, f"variables['params']: {sorted(map(str, tree))}")
+    params: Tree = tree
+    return params
 
 
 def check_halves(where: str, params: Any, state: Any) -> None:
     """Recognises what is often passed for params and state: the two swapped, variables, or one of them forgotten."""
     call = where if "params, state" in where else "fn(params, state, *args)"
-    for name, half in (("params", params), ("state", state)):
-        if not isinstance(half, Mapping):
-            raise SignatureError(
-                where,
-                f"{name} must be a mapping",
-                [f"{name}: {describe(half)}"],
-                "params or state was forgotten, or the arguments are in another order",
-                call,
-            )
+    for half, tree in (("params", params), ("state", state)):
+        NO_HALF.unless(isinstance(tree, Mapping), f"{half}: {describe(tree)}", where=where, half=half, call=call)
     if params and state and RESERVED.issuperset(params) and RESERVED.isdisjoint(state):
-        raise CollectionError(
-            where,
-            "params come first, then state",
-            [f"params: {sorted(map(str, params))}", f"state: {sorted(map(str, state))}"],
-            "params and state were swapped",
-            call,
-        )
+        SWAPPED.if_any([f"params: {_names(params)}", f"state: {_names(state)}"], where=where, call=call)
     # other names beside 'params' are collections; else a module of the model is called 'params'
     if isinstance(params.get("params"), Mapping) and (RESERVED | set(state)).issuperset(params):
-        raise CollectionError(
-            where,
-            "params must be the params themselves",
-            [f"params: {sorted(map(str, params))}"],
-            "variables were passed where params are wanted",
-            "params, state = split_params(variables)",
-        )
+        VARIABLES.if_any([f"params: {_names(params)}"], where=where)
+
+
+def _names(tree: Tree) -> list[str]:
+    return sorted(map(str, tree))

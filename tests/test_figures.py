@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Their words still stand between the lines that do the work.
-UNCONVERTED = {"_filters.py", "_nnx.py", "_split.py"}
+UNCONVERTED = {"_nnx.py"}
 LARGE = {"_describe.py", "_nnx.py", "_refusals/improve.py"}
 
 

@@ -74,7 +74,10 @@ def test_every_public_docstring_has_an_example_and_what_comes_out(name: str) -> 
 
 READING_ORDER = [
     *("_types", "_describe", "_paths", "_upstream", "_errors"),
-    *(f"_refusals.{part}" for part in ("options", "run", "apply", "lanes", "carry", "improve", "watch", "nnx")),
+    *(
+        f"_refusals.{part}"
+        for part in ("options", "apart", "run", "apply", "lanes", "carry", "improve", "watch", "nnx")
+    ),
     *("_checks", "_axes", "_filters", "_split", "_mutable", "_rngs", "_lanes", "_vmap", "_settle"),
     *("_place", "_drift", "_carry", "_adopt", "_gradient", "_update", "_ema", "_scan", "_jit", "_traces", "_nnx"),
 ]
