@@ -118,7 +118,7 @@ def test_the_largest_batch_is_what_the_memory_holds(monkeypatch: pytest.MonkeyPa
     sizes = [found(2.0**power) for power in (20, 29, 31, 33)]
     assert sizes == sorted(sizes)
     assert sizes[0] == 8  # what is tried at least
-    assert sizes[3] == 4 * sizes[2] > 64
+    assert sizes[3] >= 4 * sizes[2] > 64
 
 
 def test_a_report_has_every_claim_and_its_pictures(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
