@@ -108,7 +108,7 @@ def test_the_learning_rate_is_read_from_the_optimizers_state() -> None:
         (loss, state), grads = jax.value_and_grad(loss_by_hand, has_aux=True)(carry.params, carry.state, batch)
         updates, opt_state = tx.update(grads, carry.opt_state, carry.params)
         carry = fs.Carry(carry.step + 1, optax.apply_updates(carry.params, updates), state, opt_state)
-        return carry, {"loss": loss, "rate": opt_state.hyperparams["learning_rate"]}
+        return carry, {"loss": loss, "rate": carry.opt_state.hyperparams["learning_rate"]}
 
     carry = fs.init_carry(PARAMS, STATE, tx)
     ours = run(step, carry, BATCH, steps=3)
@@ -158,7 +158,7 @@ def test_dynamic_scale_differentiates_the_loss_function_itself() -> None:
         return (jax.tree.map(functools.partial(jnp.where, finite), new, carry), scale), (value, finite)
 
     carry = fs.init_carry(params, state, TX)
-    scale: Any = DynamicScale(growth_interval=2, fin_steps=jnp.int32(0), scale=jnp.float32(2.0**13))
+    scale: Any = DynamicScale(growth_interval=2).replace(fin_steps=jnp.int32(0), scale=jnp.float32(2.0**13))
     ours, theirs = (carry, scale), (carry, scale)
     # like: what lies beside a carry is not committed at first, as the carry is, and JAX would compile for both
     jitted, by_hand = (fs.jit_step(fs.assert_max_traces(each), like=ours, donate=False) for each in (step, hand))
@@ -230,7 +230,7 @@ def test_each_device_perturbs_by_its_own_gradient(alpha: float) -> None:
         updates, opt_state = TX.update(combined(plain, robust), carry.opt_state, carry.params)
         return fs.Carry(carry.step + 1, optax.apply_updates(carry.params, updates), state, opt_state), loss
 
-    # check_vma=False: a gradient is each device's own, as under pmap; with it JAX sums those of replicated params itself
+    # check_vma=False: a gradient is each device's own, as under pmap. Else JAX itself sums that of replicated params.
     sharded: Any = functools.partial(
         jax.shard_map, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()), check_vma=False
     )
@@ -316,7 +316,9 @@ def test_a_population_whose_members_share_the_batch() -> None:
 def test_both_losses_of_a_gan_write_both_networks_statistics() -> None:
     """Each loss runs both networks in training mode. What one update wrote, the next one reads."""
     nets: Any = {"g": Net(), "d": Net()}
-    start: Any = {name: fs.split_params(nets[name].init(jax.random.key(i), X, train=False)) for i, name in enumerate(nets)}
+    start = {
+        name: fs.split_params(net.init(jax.random.key(i), X, train=False)) for i, (name, net) in enumerate(nets.items())
+    }
     make, judge = (_keyed(fs.with_mutable(nets[name])) for name in nets)
 
     def judge_loss(params: Any, state: Any, batch: Any, other: Any) -> tuple[jax.Array, Any]:
@@ -364,7 +366,7 @@ def test_both_losses_of_a_gan_write_both_networks_statistics() -> None:
         false, d = net(other, state["d"], jnp.tile(fake, (1, 10)))
         return nn.softplus(-false).mean(), {"g": g, "d": d}
 
-    carries = {name: fs.init_carry(*each, TX) for name, each in start.items()}
+    carries = {name: fs.init_carry(params, state, TX) for name, (params, state) in start.items()}
     ours = run(step, carries, (X, X[:, ::-1]))
     assert_equal(ours, run(hand, carries, (X, X[:, ::-1])))
     assert instructions(step, carries, (X, X[:, ::-1])) == instructions(hand, carries, (X, X[:, ::-1]))
@@ -414,12 +416,12 @@ def test_arguments_are_traced_once_whatever_their_values() -> None:
 
     carry = fs.init_carry(W, {"ema": W}, TX)
     inner = fs.with_ema(fs.with_optimizer(told_loss, TX, microbatches=2), decay=0.9)
-    step = fs.jit_step(fs.assert_max_traces(fs.scan_steps(inner)), like=carry, donate=False)
-    batches = jnp.stack([X] * 3), jnp.stack([Y] * 3)
-    losses = []
+    step = fs.jit_step(fs.assert_max_traces(fs.scan_steps(inner)), donate=False)
+    batches, losses = (jnp.stack([X] * 3), jnp.stack([Y] * 3)), []
     with fs.compile_log() as log:
         for i in range(4):
-            carry, out = step(carry, batches, jax.random.key(i), clip=jnp.float32(i), rival={"w": jnp.full(3, float(i))})
+            rival = {"w": jnp.full(3, float(i))}
+            carry, out = step(carry, batches, jax.random.key(i), clip=jnp.float32(i), rival=rival)
             losses.append(out)
     assert log.compiles["told_loss"] == 1
     assert int(carry.step) == 12
@@ -466,13 +468,14 @@ def test_an_nnx_module_that_takes_streams_and_a_metric() -> None:
 
     by_hand: Any = Holder()
     merge = functools.partial(nnx.merge, copy=True) if "copy" in inspect.signature(nnx.merge).parameters else nnx.merge
-    graph, own, rest = nnx.split(by_hand, nnx.Param, ...)
+    split: Any = nnx.split
+    graph, own, rest = split(by_hand, nnx.Param, ...)
 
     @jax.jit
     def hand(own: Any, opt_state: Any, rest: Any, batch: Any) -> Any:
         def loss(own: Any) -> Any:
             module: Any = merge(graph, own, rest)
-            return module(batch), nnx.split(module, nnx.Param, ...)[2]
+            return module(batch), split(module, nnx.Param, ...)[2]
 
         (value, new_rest), grads = jax.value_and_grad(loss, has_aux=True)(own)
         updates, opt_state = TX.update(grads, opt_state, own)
