@@ -47,8 +47,8 @@ def by_hand_mlp(model: Any, tx: optax.GradientTransformation) -> Any:
     return step
 
 
-def with_flaxsplit(model: Any, tx: optax.GradientTransformation, rngs: bool = False) -> Any:
-    """The same step, built from combinators."""
+def loss_of(model: Any, rngs: bool) -> Any:
+    """The loss function of the steps here, built from combinators."""
     apply = fs.vmap_stateful(fs.with_mutable(model), axis_name="batch")
     apply = fs.with_rngs(apply) if rngs else apply
 
@@ -57,7 +57,12 @@ def with_flaxsplit(model: Any, tx: optax.GradientTransformation, rngs: bool = Fa
         pred, state = apply(params, state, x, train=True)
         return optax.l2_loss(pred, y).mean(), state
 
-    return fs.with_optimizer(loss_fn, tx)
+    return loss_fn
+
+
+def with_flaxsplit(model: Any, tx: optax.GradientTransformation, rngs: bool = False) -> Any:
+    """The same step, built from combinators."""
+    return fs.with_optimizer(loss_of(model, rngs), tx)
 
 
 def by_hand_dropping(model: Any, tx: optax.GradientTransformation) -> Any:
@@ -106,6 +111,20 @@ def prepare(case: str) -> tuple[Any, Any, Any]:
 def test_a_step_has_the_instructions_of_the_hand_written_one(case: str) -> None:
     by_hand, ours, args = prepare(case)
     assert instructions(ours, *args) == instructions(by_hand, *args)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_law_0_holds_instruction_for_instruction(case: str, count: int) -> None:
+    model, tx, rngs = CASES[case]
+    _, _, args = prepare(case)
+    loss_fn = loss_of(model, rngs)
+
+    def composed(carry: fs.Carry, batch: Any) -> tuple[fs.Carry, jax.Array]:
+        (loss, grads), state = fs.value_and_grad(loss_fn, microbatches=count)(carry.params, carry.state, batch)
+        return fs.apply_gradients(tx, carry, grads, state, value=loss), loss
+
+    assert instructions(fs.with_optimizer(loss_fn, tx, microbatches=count), *args) == instructions(composed, *args)
 
 
 def test_one_multiplication_more_is_seen() -> None:

@@ -49,6 +49,37 @@ def all_plain(tree: Any) -> bool:
     return type(tree) is dict and all(all_plain(v) for v in tree.values() if hasattr(v, "keys"))
 
 
+# Law 0: with_optimizer equals value_and_grad followed by apply_gradients
+
+
+@some.examples(12)
+@given(tx=some.optimizers(), has_aux=st.booleans(), count=st.sampled_from([1, 2, 4]))
+def test_with_optimizer_is_the_two_composed(tx: optax.GradientTransformation, has_aux: bool, count: int) -> None:
+    plain, (params, state) = regression()
+
+    def loss_fn(params: Any, state: Any, batch: Any, weight: Any) -> tuple[Any, Any]:
+        loss, state = plain(params, state, batch)
+        return (weight * loss, {"plain": loss}) if has_aux else weight * loss, state
+
+    options: Any = {"has_aux": has_aux, "microbatches": count}
+
+    def composed(carry: fs.Carry, batch: Any, weight: Any) -> Any:
+        (value, grads), state = fs.value_and_grad(loss_fn, **options)(carry.params, carry.state, batch, weight)
+        loss = value[0] if has_aux else value
+        return fs.apply_gradients(tx, carry, grads, state, value=loss), value
+
+    whole: Any = fs.with_optimizer(loss_fn, tx, **options)
+    results = []
+    for step in (whole, composed):
+        jitted = fs.jit_step(fs.assert_max_traces(step), donate=False)
+        carry, values = fs.init_carry(params, state, tx), []
+        for weight in (1.0, 0.5, 2.0):
+            carry, value = jitted(carry, (X, Y), jnp.float32(weight))
+            values.append(value)
+        results.append((carry, values))
+    assert_equal(*results)
+
+
 # Law 1: merge_state is the inverse of split_params
 
 
