@@ -23,6 +23,7 @@ HAND, AGAIN, OURS = "by hand", "by hand, again", "flaxsplit"
 SAME = {HAND: HAND, AGAIN: HAND, OURS: OURS}  # what each contender is: by hand twice, for the noise floor
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "jaxtyping", "typeguard", "numpy", "equinox", "dm-haiku")
 
+HERE = pathlib.Path(__file__).parent
 Run = Callable[[], Any]
 Tell = Callable[[str], None]
 
@@ -229,7 +230,7 @@ def about() -> dict[str, Any]:
     """Versions, device and commit: what a number means nothing without."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
         "python": platform.python_version(),
         "versions": dict(_versions()),
@@ -253,7 +254,7 @@ def elsewhere(module: str, *arguments: str, **environment: str) -> Any:
     """What a module of this package prints as its last line, JSON, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
-        cwd=pathlib.Path(__file__).parent.parent,
+        cwd=HERE.parent,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -269,18 +270,19 @@ def memory_of(jitted: Any, *args: Any) -> Any:
     return jitted.lower(*args).compile().memory_analysis()
 
 
-def _commit() -> str:
+def commit(folder: pathlib.Path = HERE) -> str:
+    """The commit; dirty where what is measured, or what measures, was changed: results and pages may be."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)  # noqa: S607
+        return done.stdout.strip()
+
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*"],  # noqa: S607
-            cwd=pathlib.Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        name = git("describe", "--always", "--exclude=*")
+        changed = git("status", "--porcelain", "--", "../flaxsplit", ":(glob)*.py")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip()
+    return f"{name}-dirty" if changed else name
 
 
 def _processor() -> str:

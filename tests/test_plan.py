@@ -48,7 +48,7 @@ class World:
         plan = _plan.Plan(minutes, folder, CLAIMS, lambda: self.now)
         if resume:
             plan.resume()
-        list(plan.run(m.EFFORTS["smoke"], lambda words: None))
+        list(plan.run(m.EFFORTS["lease"], lambda words: None))
         return plan
 
 
@@ -74,6 +74,33 @@ def test_what_there_is_no_time_for_is_said(monkeypatch: pytest.MonkeyPatch, tmp_
     assert world.measured[:2] == ["throughput: ResNet-50, bf16", "throughput: transformer"]
     assert plan.left == ["throughput: MLP"]  # 60 are expected, 34 are left
     assert world.now <= 200
+
+
+def test_a_smoke_begins_every_claim(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    world = World(monkeypatch, {claim: {str(i): 2.0 for i in range(30)} for claim in CLAIMS})
+    plan = _plan.Plan(1, tmp_path, CLAIMS, lambda: world.now)
+    list(plan.run(m.EFFORTS["smoke"], lambda words: None))
+    assert {case.partition(":")[0] for case in world.measured} == {*CLAIMS}
+    assert world.now <= 62
+
+
+def test_only_changed_code_makes_a_commit_dirty(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "benchmarks"
+    for name in ("benchmarks/results", "flaxsplit"):
+        (tmp_path / name).mkdir(parents=True)
+    (folder / "claim.py").write_text("")
+    author = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+    for arguments in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "one"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)  # noqa: S607
+    clean = m.commit(folder)
+    (folder / "results" / "scan.json").write_text("{}")
+    assert m.commit(folder) == clean
+    (tmp_path / "flaxsplit" / "new.py").write_text("")
+    assert m.commit(folder) == f"{clean}-dirty"
+    (tmp_path / "flaxsplit" / "new.py").unlink()
+    (folder / "claim.py").write_text("changed")
+    assert m.commit(folder) == f"{clean}-dirty"
+    assert m.commit(pathlib.Path("/")) == "unknown"
 
 
 @pytest.mark.parametrize("minutes", [0.5, 1.0, 2.0, 3.0, 5.0, 8.0])
