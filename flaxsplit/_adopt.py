@@ -1,18 +1,21 @@
 """What a checkpoint gave back becomes a carry again, which the compiled step takes without compiling."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ._carry import is_given, survives
 from ._checks import checked
-from ._describe import Difference, describe, is_array, kind_of, strong
+from ._describe import ABSENT, Difference, describe, is_array, kind_of, strong
 from ._place import placed
-from ._refusals.carry import LIKE, TOO_WIDE, UNADOPTED
+from ._refusals.carry import LIKE, TOO_WIDE, UNADOPTED, Place
+from ._types import Carry
 
 T = TypeVar("T")
 
@@ -32,12 +35,14 @@ def adopt_carry(restored: Any, like: T, *, strict: bool = True) -> T:
     Array([2., 2., 2.], dtype=float32)
 
     Args:
-        restored: what the checkpoint library returned.
+        restored: what the checkpoint library returned; or what a `TrainState` was saved as, whose collections lie
+            beside its params.
         like: a carry as `init_carry` makes it; only its shapes, dtypes and shardings are read, so a donated one, or
             one of `jax.ShapeDtypeStruct`, does too.
-        strict: whether both must have the same leaves. If not, a leaf that `restored` lacks is the one of `like`, and
-            what it has beyond `like` is left out; a leaf that both have in another shape or dtype stays an error. So
-            training goes on with other params frozen, or with an average that was not there before.
+        strict: whether both must have the same leaves. If not, what both have is kept, params that are frozen now or no
+            longer and the state of an optimizer that was wrapped or unwrapped too; a leaf that `restored` lacks is the
+            one of `like`, and what it has beyond `like` is left out. A leaf that both have in another shape or dtype
+            stays an error. So training goes on with other params frozen, or with an average that was not there before.
 
     Returns:
         A carry of `like`'s structure and placement, with buffers of its own.
@@ -47,36 +52,40 @@ def adopt_carry(restored: Any, like: T, *, strict: bool = True) -> T:
         SignatureError: a leaf of `like` is no array.
     """
     LIKE.unless_all(is_array, like, "like")
-    wanted, treedef = jax.tree_util.tree_flatten_with_path(like)
-    found, wrong, used = {}, [], set()
-    for path, leaf in wanted:
-        name = "carry" + jax.tree_util.keystr(path)
-        value = _unwrapped(_walk(restored, path), leaf)
-        value = leaf if value is _NOTHING and not strict else value
-        used.add(_plain_path(path))
-        if value is _NOTHING:
-            wrong.append(Difference(name, describe(leaf), "absent"))
-        elif not is_given(value):
-            wrong.append(Difference(name, describe(leaf), kind_of(value)))
-        elif _type_of(value, leaf) != _type_of(leaf, leaf):
-            wrong.append(Difference(name, describe(leaf), describe(strong(value) if not is_array(value) else value)))
-        else:
-            found[name] = (value, leaf)
-    held = jax.tree_util.tree_flatten_with_path(restored)[0] if strict else []
-    left = [path for path, _ in held if _plain_path(path) not in used]
-    wrong += [Difference("carry" + jax.tree_util.keystr(path), "absent", "in the checkpoint") for path in left]
-    UNADOPTED.if_any(map(str, wrong))
-    wide = (f"{name}: {describe(value)}, beyond 32 bits" for name, (value, _) in found.items() if not survives(value))
+    wanted, held = _by_path(like), _laid_out(restored, like)
+    found, wrong = _matched(held, wanted, strict)
+    UNADOPTED.unless(not wrong, wrong, restored, held, wanted, lambda: _moved(held, wanted))
+    wide = (f"{leaf.name}: {describe(value)}, beyond 32 bits" for leaf, value in found if not survives(value))
     TOO_WIDE.if_any(wide, where="adopt_carry(restored, like)")
-    adopted: T = jax.tree.unflatten(treedef, _alike(found))
+    adopted: T = jax.tree.unflatten(jax.tree.structure(like), _alike(found))
     return adopted
 
 
-_NOTHING: Any = type("Nothing", (), {"__repr__": lambda self: "absent"})()
+class Held(NamedTuple):
+    """A leaf, and its key path in words."""
+
+    name: str
+    leaf: Any
 
 
-def _plain_path(path: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(str(_entry(key)) for key in path)
+def _by_path(tree: Any) -> dict[Place, Held]:
+    """Every leaf by the bare names on its path: the same for a dict or a named tuple, a list or a tuple, `0` or `"0"`.
+
+    The box of a leaf has no name of its own: an NNX variable, and the `{"value": ...}` that is saved of one.
+    """
+    pairs = jax.tree_util.tree_flatten_with_path(_opened(tree), is_leaf=lambda each: each is None)[0]
+    named = {tuple(str(_entry(key)) for key in path): (path, leaf) for path, leaf in pairs}
+    return {
+        place[:-1] if place[-1:] == ("value",) else place: Held("carry" + jax.tree_util.keystr(path), leaf)
+        for place, (path, leaf) in named.items()
+    }
+
+
+def _opened(tree: Any) -> Any:
+    """A dataclass that JAX does not know as a tree, as the dict of its fields."""
+    if not dataclasses.is_dataclass(tree) or isinstance(tree, type) or jax.tree.leaves(tree) != [tree]:
+        return tree
+    return {field.name: _opened(getattr(tree, field.name)) for field in dataclasses.fields(tree)}
 
 
 def _entry(key: Any) -> Any:
@@ -87,39 +96,84 @@ def _entry(key: Any) -> Any:
     return key
 
 
-def _walk(tree: Any, path: tuple[Any, ...]) -> Any:
-    """Follows a path through containers of another kind: a dict for a named tuple, a list for a tuple."""
-    for key in map(_entry, path):
-        tree = _child(tree, key)
-    return tree
+def _laid_out(restored: Any, like: Any) -> dict[Place, Held]:
+    """What was restored, by the paths of a carry: a `TrainState` has collections beside its params, and no state."""
+    held = _by_path(restored)
+    if not isinstance(like, Carry) or any(place[:1] == ("state",) for place in held):
+        return held
+    own = [(), *((name,) for name in Carry._fields)]
+    return {place if place[:1] in own else ("state", *place): each for place, each in held.items()}
 
 
-def _child(tree: Any, key: Any) -> Any:
-    """One level of it. A checkpoint may have made numbers of names, and names of numbers."""
-    if isinstance(tree, Mapping):
-        names = [key, str(key), *([int(key)] if isinstance(key, str) and key.isdecimal() else [])]
-        return next((tree[name] for name in names if name in tree), _NOTHING)
-    if key in _fields(tree):
-        return getattr(tree, key)
-    is_place = isinstance(key, int) and isinstance(tree, list | tuple) and key < len(tree)
-    return tree[key] if is_place else _NOTHING
+def _matched(
+    held: Mapping[Place, Held], wanted: Mapping[Place, Held], strict: bool
+) -> tuple[list[tuple[Held, Any]], list[Difference]]:
+    """Each leaf that is wanted beside its value, and what is wrong."""
+    if not strict:
+        held = _moved(held, wanted)
+    found, wrong = [], []
+    for place, (name, leaf) in wanted.items():
+        value = _unboxed(held[place].leaf, leaf) if place in held else None if strict else leaf
+        if value is None:
+            wrong.append(Difference(name, describe(leaf), ABSENT))
+        elif not is_given(value):
+            wrong.append(Difference(name, describe(leaf), kind_of(value)))
+        elif _type_of(value, leaf) != _type_of(leaf, leaf):
+            wrong.append(Difference(name, describe(leaf), describe(strong(value) if not is_array(value) else value)))
+        else:
+            found.append((Held(name, leaf), value))
+    left = [each for place, each in held.items() if place not in wanted and each.leaf is not None] if strict else []
+    return found, [*wrong, *(Difference(name, ABSENT, "in the checkpoint") for name, _ in left)]
 
 
-def _fields(tree: Any) -> Sequence[str]:
-    """The fields of a named tuple or a dataclass; what else it has, such as a tuple's `count`, is no leaf."""
-    if dataclasses.is_dataclass(tree):
-        return [field.name for field in dataclasses.fields(tree)]
-    fields: Sequence[str] = getattr(tree, "_fields", ())
-    return fields
+def _moved(held: Mapping[Place, Held], wanted: Mapping[Place, Held]) -> dict[Place, Held]:
+    """Puts what was restored where it is wanted: params that are frozen now or no longer, a tx that was wrapped."""
+    split = {place: place[1:] if place[:2] == ("state", "params") else ("state", *place) for place in held}
+    other = {
+        goal: held[place]
+        for place, goal in split.items()
+        if goal in wanted and goal not in held and "params" in (*place[:1], *goal[:1])
+    }
+    return {**held, **other, **_rehung(_under(("opt_state",), held), _under(("opt_state",), wanted))}
 
 
-def _unwrapped(value: Any, leaf: Any) -> Any:
+def _rehung(old: Mapping[Place, Held], new: Mapping[Place, Held]) -> dict[Place, Held]:
+    """An optimizer's state where it is all of one part of the other's, or one part of it all of the other's."""
+    inner = [part for part in _parts(new, len(old)) if _is_alike(old, _under(part, new))]
+    outer = [part for part in _parts(old, len(new)) if _is_alike(_under(part, old), new)]
+    if _is_alike(old, new) or len(inner) + len(outer) != 1:
+        return {}
+    moved = {(*inner[0], *place): each for place, each in old.items()} if inner else _under(outer[0], old)
+    return {("opt_state", *place): each for place, each in moved.items()}
+
+
+def _parts(tree: Mapping[Place, Held], size: int) -> list[Place]:
+    """The branches that have so many leaves."""
+    counts = Counter(place[:i] for place in tree for i in range(1, len(place)))
+    return [part for part, count in counts.items() if count == size]
+
+
+def _under(part: Place, tree: Mapping[Place, Held]) -> dict[Place, Held]:
+    return {place[len(part) :]: each for place, each in tree.items() if place[: len(part)] == part}
+
+
+def _is_alike(old: Mapping[Place, Held], new: Mapping[Place, Held]) -> bool:
+    return old.keys() == new.keys() and all(
+        is_given(value) and _type_of(value, leaf) == _type_of(leaf, leaf)
+        for value, leaf in ((_unboxed(old[place].leaf, new[place].leaf), new[place].leaf) for place in new)
+    )
+
+
+def _unboxed(value: Any, leaf: Any) -> Any:
     """Key data becomes keys again where keys are due, and keys become key data where a legacy key is due.
 
-    A dtype that NumPy does not know, such as bf16, comes back from a `.npz` as raw bytes of its size.
+    A dtype that NumPy does not know, such as bf16, comes back from a `.npz` as raw bytes of its size; a count, as whole
+    numbers of another size.
     """
     if isinstance(value, np.ndarray) and value.dtype.kind == "V" and value.dtype.itemsize == leaf.dtype.itemsize:
         return value.view(leaf.dtype)
+    if _is_count(value) and _is_count(leaf) and value.dtype != leaf.dtype and _fits(value, leaf.dtype):
+        return np.asarray(value, leaf.dtype)
     wants_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     if wants_key and is_array(value) and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return (
@@ -137,11 +191,21 @@ def _type_of(value: Any, leaf: Any) -> Any:
     return tuple(jnp.shape(value)), value.dtype if is_array(value) else jnp.result_type(value, leaf.dtype)
 
 
-def _alike(found: Mapping[str, tuple[Any, Any]]) -> list[jax.Array]:
+def _is_count(leaf: Any) -> bool:
+    return is_array(leaf) and leaf.shape == () and jnp.issubdtype(leaf.dtype, jnp.integer)
+
+
+def _fits(count: Any, dtype: Any) -> bool:
+    return (
+        is_given(count) and not isinstance(count, Tracer) and np.iinfo(dtype).min <= int(count) <= np.iinfo(dtype).max
+    )
+
+
+def _alike(found: Sequence[tuple[Held, Any]]) -> list[jax.Array]:
     """Copies each value, and puts the copy where the leaf that it is to be like lives."""
-    copies = {path: jnp.array(value, dtype=leaf.dtype, copy=True) for path, (value, leaf) in found.items()}
-    goals = {path: leaf.sharding for path, (_, leaf) in found.items() if _is_placed(leaf)}
-    put = placed("adopt_carry(restored, like)", {path: (copies[path], goal) for path, goal in goals.items()})
+    copies = {name: jnp.array(value, dtype=leaf.dtype, copy=True) for (name, leaf), value in found}
+    goals = {name: leaf.sharding for (name, leaf), _ in found if _is_placed(leaf)}
+    put = placed("adopt_carry(restored, like)", {name: (copies[name], goal) for name, goal in goals.items()})
     return list((copies | dict(zip(goals, put, strict=True))).values())
 
 

@@ -59,11 +59,13 @@ def with_ema(step: CarryStepT, *, decay: Decay, of: Callable[[Carry], Any] = par
     OF.unless(callable(of), of=of)
     check_count("with_ema(step, every=...)", every)
 
+    source = "carry.params" if of is params_of else "of(carry)"
+
     @wraps(step)
     def averaging(carry: Carry, batch: Any, *args: Any, **kwargs: Any) -> tuple[Carry, Any]:
         check_carry(carry)
         ema = carry.state.get("ema", {})
-        EMA.unless(_is_alike(of(carry), ema), of(carry), carry.state)
+        EMA.unless(_is_alike(of(carry), ema), of(carry), carry.state, source)
         result = step(carry, batch, *args, **kwargs)
         new_carry, out = two_of(result, "with_ema(step)", "step(carry, batch) -> (carry, out)")
         weight = 1 - (decay(carry.step) if callable(decay) else decay)

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import struct
+from flax import nnx, struct
+from flax.serialization import msgpack_restore, to_bytes, to_state_dict
+from flax.training import train_state
 
 import flaxsplit as fs
 
@@ -146,3 +148,148 @@ def test_a_dataclass_and_a_bf16_array_out_of_a_npz() -> None:
     for saved in ({"scale": {"value": raw}}, {"scale": Scale(raw)}):
         adopted = fs.adopt_carry(saved, like)
         np.testing.assert_array_equal(adopted["scale"].value, jnp.full(2, 1.5, jnp.bfloat16))
+
+
+class TrainState(train_state.TrainState):
+    """As people write it, with their statistics beside the params."""
+
+    batch_stats: Any
+
+
+def trained(tx: Any = TX, count: int = 3) -> fs.Carry:
+    """A carry of `Net`, some steps on."""
+    step = fs.jit_step(fs.with_optimizer(loss_fn, tx))
+    carry = fs.init_carry(*fs.split_params(Net().init(jax.random.key(1), X)), tx)
+    for _ in range(count):
+        carry, _ = step(carry, (X, Y))
+    return carry
+
+
+def fresh(tx: Any = TX, trainable: Any = None) -> fs.Carry:
+    """One of other numbers, before any step."""
+    return fs.init_carry(*fs.split_params(Net().init(jax.random.key(7), X), trainable=trainable), tx)
+
+
+def mended(error: fs.CollectionError, **names: Any) -> fs.Carry:
+    """The carry that the printed fix gives, typed as it is printed. What is only for some stands after a comma."""
+    everything = {**vars(fs), "from_nnx": fs.from_nnx, "optax": optax, "nnx": nnx, **names}
+    for statement in error.fix.split("; "):
+        exec(statement.removeprefix("to go on where the schedule would be, "), everything)  # noqa: S102
+    made: fs.Carry = everything["carry"]
+    return made
+
+
+@pytest.mark.parametrize(
+    "save", [lambda ts: ts, to_state_dict, lambda ts: msgpack_restore(to_bytes(ts)), jax.device_get]
+)
+def test_a_whole_train_state(save: Any) -> None:
+    carry = trained()
+    ts = TrainState(
+        step=3,
+        apply_fn=Net().apply,
+        params=carry.params,
+        tx=TX,
+        opt_state=carry.opt_state,
+        batch_stats=carry.state["batch_stats"],
+    )
+    assert_equal(fs.adopt_carry(save(ts), fresh()), carry)
+
+
+def test_a_train_state_has_no_place_for_a_field_of_its_own() -> None:
+    carry = trained()
+    saved = {**carry._asdict(), **carry.state, "loss_scale": 2.0}
+    del saved["state"]
+    with pytest.raises(fs.CollectionError) as caught:
+        fs.adopt_carry(saved, fresh())
+    assert caught.value.leaves == ("carry['loss_scale']: absent -> in the checkpoint",)
+    assert_equal(mended(caught.value, restored=saved, like=fresh()), carry)
+
+
+def test_other_params_frozen_and_the_carry_as_it_was_saved() -> None:
+    """What is frozen now, or no longer, keeps its values though `like` was made of others."""
+    carry = trained()
+    with pytest.raises(fs.CollectionError) as caught:
+        fs.adopt_carry(carry, fresh(trainable="head/*"))
+    narrow = mended(caught.value, restored=carry, like=fresh(trainable="head/*"))
+    assert_equal(fs.merge_state(narrow.params, narrow.state), fs.merge_state(carry.params, carry.state))
+    assert_equal(narrow.opt_state[0].mu["head"], carry.opt_state[0].mu["head"])
+    wide = fs.adopt_carry(jax.device_get(narrow), fresh(), strict=False)
+    assert_equal(fs.merge_state(wide.params, wide.state), fs.merge_state(carry.params, carry.state))
+    assert not np.any(wide.opt_state[0].mu["body"]["kernel"])
+    assert (int(wide.step), int(wide.opt_state[0].count)) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        optax.chain(optax.clip_by_global_norm(1.0), TX),
+        optax.chain(TX, optax.ema(0.9)),
+        optax.apply_if_finite(TX, 3),
+        optax.MultiSteps(TX, 2).gradient_transformation(),
+        optax.masked(TX, lambda params: jax.tree.map(lambda leaf: True, params)),
+    ],
+)
+def test_an_optimizer_wrapped_or_unwrapped_since_keeps_its_moments(other: Any) -> None:
+    carry = trained()
+    with pytest.raises(fs.CollectionError) as caught:
+        fs.adopt_carry(carry, fresh(other))
+    wrapped = mended(caught.value, restored=jax.device_get(carry), like=fresh(other))
+    assert structure(wrapped) == structure(fresh(other))
+    assert_equal(wrapped.params, carry.params)
+    assert_equal(optax.tree_utils.tree_get(wrapped.opt_state, "mu"), carry.opt_state[0].mu)
+    assert_equal(fs.adopt_carry(wrapped, fresh(), strict=False), carry)
+
+
+def test_a_constant_rate_becomes_a_schedule() -> None:
+    carry, tx = trained(optax.sgd(0.1)), optax.sgd(optax.linear_schedule(0.1, 0.0, 10))
+    with pytest.raises(fs.CollectionError) as caught:
+        fs.adopt_carry(carry, fresh(tx))
+    assert caught.value.leaves == ("carry.opt_state[1].count: i32[] -> absent",)
+    assert caught.value.cause == "tx counts its updates, for a schedule, and did not when it was saved"
+    going_on = mended(caught.value, restored=carry, like=fresh(tx))
+    assert int(going_on.opt_state[1].count) == 3
+    fs.jit_step(fs.with_optimizer(loss_fn, tx))(going_on, (X, Y))  # no buffer twice
+    assert_equal(carry.params, trained(optax.sgd(0.1)).params)
+
+
+def test_variables_alone() -> None:
+    carry = trained()
+    for saved in (fs.merge_state(carry.params, carry.state), {"params": carry.params}):
+        with pytest.raises(fs.CollectionError) as caught:
+            fs.adopt_carry(saved, fresh())
+        assert caught.value.cause == "variables were saved, without the optimizer's state and the count of steps"
+        adopted = mended(caught.value, restored=saved, like=fresh())
+        assert_equal(adopted.params, carry.params)
+        assert int(adopted.step) == 0
+    with pytest.raises(fs.CollectionError) as caught:
+        fs.adopt_carry({"params": {"another": np.ones(3)}}, fresh())
+    assert caught.value.cause == "the checkpoint is of another model or optimizer"
+
+
+def test_an_nnx_optimizer_and_the_boxes_of_its_variables() -> None:
+    module = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+    both = getattr(nnx, "ModelAndOptimizer", None)  # flax 0.11 took the module out of the other one
+    make: Any = nnx.Optimizer
+    optimizer = make(module, TX, **({"wrt": nnx.Param} if both else {}))
+    _, params, state = fs.from_nnx(module)
+    like = fs.init_carry(params, state, TX)
+    whole: Any = both(module, TX) if both else optimizer
+    parts = {"model": nnx.state(module), "optimizer": nnx.state(optimizer)}
+    for saved in (optimizer, whole, nnx.state(optimizer), parts):
+        with pytest.raises(fs.CollectionError) as caught:
+            fs.adopt_carry(saved, like)
+        assert caught.value.cause == "an nnx.Optimizer was saved, which holds no params: they are its module's"
+        assert_equal(mended(caught.value, module=module, optimizer=optimizer, like=like), like)
+    boxed = jax.tree.map(lambda leaf: {"value": leaf}, jax.device_get(like))  # what Orbax makes of variables
+    assert_equal(fs.adopt_carry(boxed, like), like)
+
+
+def test_a_count_of_another_width_is_the_same_count() -> None:
+    carry = trained()
+    same: list[Any] = [np.uint32(3), np.int64(3), jnp.uint32(3), np.array(3, np.uint8)]
+    for step in same:
+        assert_equal(fs.adopt_carry(carry._replace(step=step), fresh()), carry)
+    others: list[Any] = [np.int64(2**40), np.uint32(2**32 - 1), np.float32(3)]
+    for step in others:
+        with pytest.raises(fs.CollectionError):
+            fs.adopt_carry(carry._replace(step=step), fresh())

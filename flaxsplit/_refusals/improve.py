@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flaxsplit._describe import describe, differences, form_of, is_array, keyed_leaves, same_structure
+from flaxsplit._describe import ABSENT, describe, differences, form_of, is_array, keyed_leaves, same_structure
 from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError, UnsyncedStateError
 from flaxsplit._types import Carry
 
+from .carry import WITH_TX
 from .options import form, function
 
 _GRADIENT = "value_and_grad(loss_fn)"
@@ -128,7 +129,7 @@ NO_COUNT = Refusal(
     _STEP,
     "carry.step must be the count of updates, i32[]",
     "the carry was put together by hand",
-    "init_carry(params, state, tx)",
+    "init_carry(params, state, tx), or carry._replace(step=jnp.int32(count))",
 )
 GRADS = Refusal(
     SignatureError,
@@ -176,7 +177,7 @@ def OPT_STATE(error: Exception, tx: optax.GradientTransformation, carry: Carry) 
         "carry.opt_state must be what tx.init(params) gives (tx -> carry)",
         [str(each) for each in made],
         "the carry was made with another tx, or for other params",
-        "init_carry(params, state, tx) with the tx of the step",
+        WITH_TX,
     )
 
 
@@ -204,15 +205,18 @@ def decay_of(decay: Any) -> str:
 
 
 @Guess
-def EMA(averaged: Any, state: Any) -> Explained:  # noqa: N802
-    """An average of another structure than what it is of."""
+def EMA(averaged: Any, state: Any, source: str) -> Explained:  # noqa: N802
+    """An average of another structure than what it is of. The fix keeps what was averaged, where it fits."""
     changed = differences(averaged, state.get("ema", {}), "state['ema']")
+    fits = "ema" in state and all(ABSENT in each for each in changed)
+    anew = f"carry._replace(state={{**carry.state, 'ema': jax.tree.map(jnp.copy, {source})}})"
+    wider = f"adopt_carry(carry, init_carry(carry.params, {{**carry.state, 'ema': {source}}}, tx), strict=False)"
     return CollectionError(
         "with_ema(step)",
         "state['ema'] must have the structure of the params (params -> ema)",
         [str(each) for each in changed],
         "the average was not put into the state" if "ema" not in state else "it belongs to other params",
-        "init_carry(params, state | {'ema': params}, tx)",
+        wider if fits else anew,
     )
 
 
