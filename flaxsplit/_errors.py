@@ -113,11 +113,6 @@ class Refusal:
         """Raises in place of another library's error, which stays its cause."""
         raise self(*lines, **values) from error
 
-    def warn(self, lines: Iterable[str], stacklevel: int) -> None:
-        """Warns, where the row is of a warning; `stacklevel` as for `warnings.warn`, counted by the caller."""
-        warning: Any = self(*lines)
-        warnings.warn(warning, stacklevel=stacklevel + 1)
-
 
 @dataclasses.dataclass(frozen=True)
 class Guess:
@@ -137,6 +132,11 @@ class Guess:
     def instead_of(self, error: BaseException, *args: Any, **values: Any) -> NoReturn:
         """Raises in place of another library's error, which stays its cause."""
         raise self(*args, **values) from error
+
+    def warn(self, *args: Any, stacklevel: int) -> None:
+        """Warns, where what it explains is a warning; `stacklevel` as for `warnings.warn`, counted by the caller."""
+        warning: Any = self(*args)
+        warnings.warn(warning, stacklevel=stacklevel + 1)
 
 
 def said(value: Any) -> str:

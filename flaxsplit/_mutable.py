@@ -11,7 +11,7 @@ from flax import core, errors
 
 from ._checks import checked, two_of
 from ._describe import plain, same_leaves, wraps
-from ._refusals.apply import CAPTURE, FLAX, FORM, METHOD, MODEL, MUTABLE, NOT_IN_STATE, NOTHING_SOWN, UNTOUCHED
+from ._refusals.apply import AT_CALL, CAPTURE, FLAX, FORM, METHOD, MODEL, MUTABLE, NOT_IN_STATE, NOTHING_SOWN, UNTOUCHED
 from ._split import check_halves, merge_state
 from ._types import OVERWRITTEN, AnyParams, ApplyFn, LinenModule, Mutable, State, Stateful, Tree
 from ._upstream import is_nn_apply, reopened
@@ -23,7 +23,7 @@ NoCapture = tuple[()]
 Names = str | Sequence[str]  # of which an empty one, where it is not written out, counts as names: hence the ignores
 Captured = dict[str, Any]
 
-HIDDEN = frozenset({"rngs", "ema"})
+HIDDEN = frozenset({"rngs", "ema", "extra"})
 """Collections that a model never sees."""
 
 
@@ -88,8 +88,9 @@ def with_mutable(
         fn: a Linen module (its `__call__` signature is kept), `module.apply`, what `nn.apply` returns, or a function of
             that form: `fn(variables, *args, mutable=..., **kwargs) -> (out, updated)`.
         method: the module's method to run instead of `__call__`; also its signature is kept.
-        mutable: by default every collection in `state` but `'params'`, `'rngs'` and `'ema'`; else one of Flax's own
-            collection filters (a name, names, `DenyList`, a bool), which choose among the same. `False` reads only.
+        mutable: by default every collection in `state` but `'params'`, `'rngs'`, `'ema'` and `'extra'`, which is the
+            caller's own, any tree; else one of Flax's own collection filters (a name, names, `DenyList`, a bool),
+            which choose among the same. `False` reads only.
         capture: sown collections to hand out; `out` becomes `(out, {collection: tree})`. They never enter the state.
 
     Returns:
@@ -112,6 +113,7 @@ def with_mutable(
     @wraps(*_signed(fn, method))
     def stateful(params: AnyParams, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
         check_halves("with_mutable(fn)", params, state)
+        AT_CALL.unless("mutable" not in kwargs, "mutable= in the call")
         visible = {name: tree for name, tree in state.items() if name not in HIDDEN and name not in captured}
         variables = merge_state(params, visible)
         names = _mutable_names(mutable, visible)
@@ -172,7 +174,7 @@ def _warn_untouched(names: Sequence[str], before: Tree, after: Tree) -> None:
     """Flax hands an unwritten leaf back as the very same object, eagerly and while tracing, so identity decides."""
     old, new = ([tree[name] for name in names] for tree in (before, after))
     if jax.tree.leaves(old) and same_leaves(old, new):
-        UNTOUCHED.warn((f"{name}: no leaf written" for name in names), stacklevel=3)
+        UNTOUCHED.warn(names, stacklevel=3)
 
 
 def _sown(captured: tuple[str, ...], updated: Mapping[str, Any]) -> Captured:

@@ -164,7 +164,7 @@ def to_nnx(module: M, params: AnyParams, state: Tree) -> M:
     Args:
         module: the module that `from_nnx` took, or another of the same architecture. It is changed in place.
         params: as from `from_nnx`, trained; or averaged: `carry.state['ema']`.
-        state: the state beside them. An `'ema'` in it is not written.
+        state: the state beside them. `'ema'` and `'extra'` in it are not written.
 
     Returns:
         The module, with buffers of its own: a donated step deletes nothing of it.
@@ -179,7 +179,8 @@ def to_nnx(module: M, params: AnyParams, state: Tree) -> M:
     _check_module(where, module)
     check_halves(where, params, state)
     _, treedef, slots, leaves = _apart(module)
-    found = _found(where, slots, params, {name: tree for name, tree in state.items() if name != "ema"}, strict=True)
+    own = {name: tree for name, tree in state.items() if name not in ("ema", "extra")}
+    found = _found(where, slots, params, own, strict=True)
     wrong: list[Difference] = []
     for (path, leaf), own in zip(found.items(), leaves, strict=True):
         if _type_of(leaf) != _type_of(own):

@@ -8,10 +8,7 @@ from ._describe import describe, plain
 from ._filters import choose
 from ._paths import flatten, keyed, unflatten
 from ._refusals.apart import NO_HALF, NO_MAPPING, NO_PARAMS, OVERLAP, SWAPPED, VARIABLES, WRAPPED_TWICE
-from ._types import AnyParams, Params, State, Trainable, Tree, Variables
-
-RESERVED = frozenset({"params", "batch_stats", "cache", "intermediates", "rngs", "ema"})
-"""Collections that Flax or flaxsplit name themselves; used to recognise swapped arguments."""
+from ._types import RESERVED, AnyParams, Params, State, Trainable, Tree, Variables
 
 
 @checked

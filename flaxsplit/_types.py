@@ -34,6 +34,9 @@ GradsT = TypeVar("GradsT", default=dict[str, Any])
 ParamsT_contra = TypeVar("ParamsT_contra", contravariant=True, default=dict[str, Any])
 CarryT = TypeVar("CarryT", default="Carry")
 
+RESERVED = frozenset({"params", "batch_stats", "cache", "intermediates", "rngs", "ema", "extra"})
+"""Collections that Flax or flaxsplit name themselves; used to recognise swapped arguments."""
+
 OVERWRITTEN = "_overwrite_with_gradient"
 """The collection whose gradient is its next value, as Flax and others name it: scales and amax histories of fp8."""
 

@@ -687,6 +687,19 @@ def test_an_apply_function_that_returns_one_thing() -> None:
     """)
 
 
+def test_mutable_at_the_call() -> None:
+    params, state = fs.split_params(nn.Dense(2).init(jax.random.key(0), X))
+    apply: Any = fs.with_mutable(nn.Dense(2))
+    error = fails(fs.SignatureError, apply, params, state, X, mutable=["batch_stats"])
+    assert str(error) == whole("""
+    with_mutable(fn): what is mutable is said once, where the model is wrapped
+      got:
+        mutable= in the call
+      likely cause: the arguments of module.apply were kept
+      fix: with_mutable(model, mutable=['batch_stats'])(params, state, x), or with_mutable(model): all of the state is
+    """)
+
+
 def test_train_forgotten() -> None:
     model = MLP(axis_name=None)
     params, state = halves(model, X)
@@ -2051,8 +2064,8 @@ def test_a_collection_that_is_no_mapping() -> None:
     with_mutable(fn): every collection must be a mapping, its keys strings
       got:
         'step': f32[]
-      likely cause: the state holds leaves beside collections, or trees of another library
-      fix: state | {'name': {'leaf': leaf}}
+      likely cause: the state holds what is no model's: a counter, a queue, the tree of another library
+      fix: state | {'extra': ...}, any tree, which no model sees
     """)
 
 

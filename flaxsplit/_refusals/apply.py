@@ -9,13 +9,14 @@ from flax import errors
 from flaxsplit._describe import describe
 from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError, UntouchedStateWarning, said
 from flaxsplit._paths import flatten, keyed
+from flaxsplit._types import RESERVED
 from flaxsplit._upstream import collection_in, first_sentence, is_about_rngs, param_in, stream_in
 
 from .options import form
 
 _FN = "with_mutable(fn)"
 _MUTABLE = "with_mutable(mutable=...)"
-_OWNERS = {"rngs": "with_rngs", "ema": "with_ema"}
+_OWNERS = {"rngs": "with_rngs", "ema": "with_ema", "extra": "the caller"}
 _RENAMED = "another name for the model's own collection: self.variable('averages', ...)"
 _CALL = "params, state = split_params(module.init(key, x))"
 
@@ -37,6 +38,15 @@ CAPTURE = form(
     "with_mutable(capture=...)",
     "capture must be the name of a sown collection, or names",
     "with_mutable(fn, capture='intermediates')",
+)
+
+
+AT_CALL = Refusal(
+    SignatureError,
+    _FN,
+    "what is mutable is said once, where the model is wrapped",
+    "the arguments of module.apply were kept",
+    "with_mutable(model, mutable=['batch_stats'])(params, state, x), or with_mutable(model): all of the state is",
 )
 
 
@@ -77,13 +87,26 @@ def NOT_IN_STATE(unknown: Sequence[str], candidates: Sequence[str]) -> Explained
 
 # ---- what a call leaves
 
-UNTOUCHED = Refusal(
+_UNTOUCHED = Refusal(
     UntouchedStateWarning,
     _FN,
     "at least one leaf of the mutable collections should be written",
     "train=True (or use_running_average=False) was forgotten",
     "fn(params, state, x, train=True), or with_mutable(fn, mutable=False) to only read",
 )
+_UNTOUCHED_OR_NO_MODELS = _UNTOUCHED.but(
+    cause="they are not the model's own, or train=True was forgotten",
+    fix="state | {'extra': ...} for what no model sees; or fn(params, state, x, train=True)",
+)
+
+
+@Guess
+def UNTOUCHED(names: Sequence[str]) -> Explained:  # noqa: N802
+    """Collections that a call left as they were: Flax's own, or of a name that nobody knows."""
+    row = _UNTOUCHED if RESERVED & {*names} else _UNTOUCHED_OR_NO_MODELS
+    return row(*(f"{name}: no leaf written" for name in names))
+
+
 NOTHING_SOWN = Refusal(
     CollectionError,
     "with_mutable(capture=...)",
@@ -196,8 +219,8 @@ def _misformed(variables: Any) -> Explained:
         _FN,
         "every collection must be a mapping, its keys strings",
         leaves + keys,
-        "the state holds leaves beside collections, or trees of another library",
-        "state | {'name': {'leaf': leaf}}",
+        "the state holds what is no model's: a counter, a queue, the tree of another library",
+        "state | {'extra': ...}, any tree, which no model sees",
     )
 
 
