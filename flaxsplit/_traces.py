@@ -115,7 +115,8 @@ def compile_log() -> Generator[CompileLog, None, None]:
     Yields:
         A `CompileLog`, filled while open and kept afterwards. `print(log)` shows a table.
 
-    From `jax.monitoring`: nothing is patched, and a dispatch that compiles nothing does not pass here.
+    From `jax.monitoring`: nothing is patched, and a dispatch that compiles nothing does not pass here. JAX says the
+    names: of a function under `jax.pmap` it says `_fun`.
     """
     log, lock, open_ = CompileLog(), threading.Lock(), threading.Event()
     open_.set()

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,12 @@ reshard: Any = getattr(jax.sharding, "reshard", None) or importlib.import_module
 def is_about_out_axes(error: ValueError) -> bool:
     """Whether `jax.vmap` refuses an output that is mapped. An error class of its own would replace this."""
     return "out_axes" in str(error)
+
+
+def is_under_pmap() -> bool:
+    """Whether `jax.pmap` traces, of a JAX in which it is `jax.jit` of a `shard_map`. A public name would replace this."""
+    calls = (frame.f_code for frame, _ in traceback.walk_stack(None))
+    return any(code.co_name == "_fun" and code.co_filename.endswith("pmap.py") for code in calls)
 
 
 # Flax says which variable it means in a sentence alone. Attributes of its errors would replace these five.

@@ -5,6 +5,7 @@ from typing import Any
 
 from flaxsplit._describe import Difference, differences
 from flaxsplit._errors import Explained, Guess, RetraceError
+from flaxsplit._upstream import is_under_pmap
 
 from .options import form
 
@@ -20,6 +21,11 @@ def RETRACED(name: str, seen: Sequence[Any], call: dict[str, Any], most: int) ->
     if changed:
         cause = "the call differs from every earlier one, and JAX compiles for each"
         fix = _fix(changed) + "; or a higher max_traces, if each is meant"
+    elif is_under_pmap():
+        cause = "jax.pmap traces once more, where its outputs come back as inputs: they are placed as it places them"
+        fix = (
+            f"jax.pmap(assert_max_traces(step, max_traces={most + 1}), ...); or jax.jit over a mesh, which traces once"
+        )
     return RetraceError(
         f"assert_max_traces({name}, max_traces={most})",
         f"traced {len(seen) + 1} times",
