@@ -19,7 +19,7 @@ def is_about_out_axes(error: ValueError) -> bool:
 
 
 def is_under_pmap() -> bool:
-    """Whether `jax.pmap` traces, of a JAX in which it is `jax.jit` of a `shard_map`. A public name would replace this."""
+    """Whether `jax.pmap` traces, where it is `jax.jit` of a `shard_map`. A public name would replace this."""
     calls = (frame.f_code for frame, _ in traceback.walk_stack(None))
     return any(code.co_name == "_fun" and code.co_filename.endswith("pmap.py") for code in calls)
 
