@@ -1,14 +1,16 @@
 """Compile a step, and keep its carry where it is."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
-from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, Sharding, SingleDeviceSharding
 
 from ._checks import checked, is_function
-from ._describe import is_array, is_numeric, same_structure, wraps
-from ._refusals.improve import JIT_STEP, LIKE, UNLIKE
+from ._describe import describe, is_array, is_numeric, keyed_leaves, same_structure, wraps
+from ._refusals.many import JIT_STEP, LIKE, PLACES, UNDIVIDED, UNLIKE
 from ._types import JittedStep
 from ._upstream import reshard
 
@@ -17,7 +19,7 @@ R = TypeVar("R")
 
 
 @checked
-def jit_step(step: Callable[P, R], *, like: Any = None, donate: bool = True) -> JittedStep[P, R]:
+def jit_step(step: Callable[P, R], *, like: Any = None, batch: Any = None, donate: bool = True) -> JittedStep[P, R]:
     """Compiles a step, the carry donated.
 
     Law: equals `jax.jit(step, donate_argnums=0)`, and is the object that it returns: `.lower`, `.trace` and the C++
@@ -35,6 +37,9 @@ def jit_step(step: Callable[P, R], *, like: Any = None, donate: bool = True) -> 
             first call's executable. On one device all arguments are pinned to it: whether they are committed, as after
             `jax.device_put`, no longer matters; without `like` JAX compiles once for each mixture of these. A number,
             such as the `step` of a `TrainState`, may come out anywhere.
+        batch: where the batch goes, which is the second argument: a sharding, or a tree of them that the batch's
+            structure begins with, None where JAX may choose. One from a loader is then cut over the mesh as it
+            arrives; without `batch` every device gets, and computes, all of it.
         donate: whether the carry's buffers are reused. A carry can then be passed once: a second time JAX says
             in its own words that it was deleted, since nothing of ours runs at a dispatch.
 
@@ -42,18 +47,21 @@ def jit_step(step: Callable[P, R], *, like: Any = None, donate: bool = True) -> 
         The compiled step.
 
     Raises:
-        SignatureError: a leaf of `like` has no sharding, or the step returns no carry like it.
+        SignatureError: a leaf of `like` has no sharding, or the step returns no carry like it; a leaf of the batch is
+            not divided by the mesh axes that `batch` says.
     """
     JIT_STEP.unless(is_function(step), step=step)
+    PLACES.unless_all(_is_sharding, batch, "batch")
     donated: Any = (0,) if donate else ()
+    body: Callable[..., Any] = step if batch is None else _cut(step, batch)
     if like is None:
-        return cast(JittedStep[P, R], jax.jit(step, donate_argnums=donated))
+        return cast(JittedStep[P, R], jax.jit(body, donate_argnums=donated))
     places = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(like)]
     chosen = {place for place in places if place is not None}
     LIKE.unless_all(_is_placed_or_number if chosen else _is_placed, like, "like")
     only = chosen.pop() if len(chosen) == 1 else None
     pinned: Any = {"in_shardings": only, "out_shardings": only} if isinstance(only, SingleDeviceSharding) else {}
-    return cast(JittedStep[P, R], jax.jit(_pinned(step, like, places), donate_argnums=donated, **pinned))
+    return cast(JittedStep[P, R], jax.jit(_pinned(body, like, places), donate_argnums=donated, **pinned))
 
 
 def _is_placed(leaf: Any) -> bool:
@@ -76,6 +84,51 @@ def _pinned(step: Callable[..., Any], like: Any, places: Sequence[Any]) -> Calla
         return jax.tree.unflatten(treedef, [*map(_constrained, leaves, places), *leaves[len(places) :]])
 
     return pinned
+
+
+def _cut(step: Callable[..., Any], places: Any) -> Callable[..., Any]:
+    """The step, its batch cut as `places` says; XLA then wants the argument itself so, whole on no device."""
+
+    @wraps(step)
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        PLACES.unless(len(args) > 1, "batch: no second argument, or one that was passed by name")
+        carry, batch, *others = args
+        leaves, treedef = jax.tree.flatten(batch)
+        goals = _of_each_leaf(places, batch)
+        UNDIVIDED.unless(all(map(_fits, leaves, goals)), batch, goals, _fits)
+        return step(carry, jax.tree.unflatten(treedef, map(_constrained, leaves, goals)), *others, **kwargs)
+
+    return cut
+
+
+def _of_each_leaf(places: Any, batch: Any) -> list[Any]:
+    """A place for each leaf, of a tree of places that the batch begins with."""
+    goals: list[Any] = []
+    try:
+        jax.tree.map(
+            lambda place, part: goals.extend([place] * len(jax.tree.leaves(part))), places, batch, is_leaf=_is_none
+        )
+    except (TypeError, ValueError) as error:
+        PLACES.instead_of(error, *(f"{path}: {describe(leaf)}" for path, leaf in keyed_leaves(batch, "batch").items()))
+    return goals
+
+
+def _fits(leaf: Any, place: Any) -> bool:
+    """Whether the axes of the mesh divide those of the leaf. JAX says it too, without the leaf's name."""
+    if not isinstance(place, NamedSharding):
+        return True
+    names = [(each,) if isinstance(each, str) else each or () for each in place.spec]
+    parts = [math.prod(place.mesh.shape[name] for name in each) for each in names]
+    shape = jnp.shape(leaf)
+    return len(parts) <= len(shape) and not any(size % part for size, part in zip(shape, parts, strict=False))
+
+
+def _is_sharding(place: Any) -> bool:
+    return isinstance(place, Sharding)
+
+
+def _is_none(place: Any) -> bool:
+    return place is None
 
 
 def _constrained(leaf: Any, place: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from ._checks import check_count, checked, is_function, two_of
 from ._describe import describe, is_array, is_numeric, wraps
 from ._drift import check_drift
-from ._refusals.improve import BATCH, BATCHES, LEADING, SCAN_STEP, leading
+from ._refusals.many import BATCH, BATCHES, LEADING, SCAN_STEP, leading
 from ._types import StepT
 
 BatchT = TypeVar("BatchT")

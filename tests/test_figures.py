@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
 
 # Their words still stand between the lines that do the work.
 UNCONVERTED = {"_nnx.py"}
-LARGE = {"_describe.py", "_nnx.py", "_refusals/improve.py"}
+LARGE = {"_describe.py", "_nnx.py"}
 
 
 def test_modules_of_combinators_hold_no_words() -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flaxsplit._describe import ABSENT, describe, differences, form_of, is_array, keyed_leaves, same_structure
+from flaxsplit._describe import ABSENT, describe, differences, form_of, is_array, same_structure
 from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError, UnsyncedStateError
 from flaxsplit._types import Carry
 
@@ -218,52 +218,3 @@ def EMA(averaged: Any, state: Any, source: str) -> Explained:  # noqa: N802
         "the average was not put into the state" if "ema" not in state else "it belongs to other params",
         wider if fits else anew,
     )
-
-
-# ---- scan_steps, stack_batches, jit_step
-
-SCAN_STEP = function("scan_steps(step)", "step", "scan_steps(with_optimizer(loss_fn, tx))")
-LEADING = Refusal(
-    SignatureError,
-    "scan_steps(step)",
-    "every leaf of batches must have one leading axis, of one size: the steps",
-    "a single batch was passed, or batches were stacked apart",
-    "for batches in stack_batches(loader, 10): carry, outs = step(carry, batches)",
-)
-BATCHES = form("stack_batches(batches, size)", "batches must be an iterable of batches", "stack_batches(loader, 10)")
-BATCH = Refusal(
-    SignatureError,
-    "stack_batches(batches, size)",
-    "every leaf of a batch must be an array or a number",
-    "the iterable gives names, records or objects beside arrays, or it is one batch",
-    "stack_batches(({'x': b['x'], 'y': b['y']} for b in loader), 10)",
-)
-JIT_STEP = function("jit_step(step)", "step", "jit_step(with_optimizer(loss_fn, tx))")
-LIKE = Refusal(
-    SignatureError,
-    "jit_step(like=...)",
-    "every leaf of like must say its sharding",
-    "abstract values without a sharding, NumPy arrays or numbers",
-    "jit_step(step, like=init_carry(params, state, tx))",
-)
-
-
-@Guess
-def UNLIKE(result: Any, like: Any) -> Explained:  # noqa: N802
-    """What a step returned, which has no carry like the one that was named."""
-    carry = result[0] if isinstance(result, tuple) and result else result
-    changed = differences(like, carry, "carry")
-    return SignatureError(
-        "jit_step(like=...)",
-        "the step must return a carry of the structure of like, alone or first in a tuple (like -> returned)",
-        [str(each) for each in changed],
-        "like is the carry of another step, or the step returns something else first",
-        "jit_step(step, like=carry), where the step returns (carry, out)",
-    )
-
-
-def leading(batches: Any) -> list[str]:
-    """Says every leaf of what was to be scanned."""
-    return [f"{path}: {describe(leaf)}" for path, leaf in keyed_leaves(batches, "batches").items()] or [
-        "no leaf in batches"
-    ]

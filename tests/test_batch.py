@@ -1,0 +1,126 @@
+"""`jit_step(batch=...)`: a batch is cut over the mesh as it arrives, and no device computes another one's rows."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flaxsplit as fs
+
+from .flags import needs_jit, needs_x32
+
+pytestmark = needs_jit
+TX = optax.adam(0.1)
+ROWS, WIDTH = 64, 32
+HOST = np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+def mesh_of(kind: str) -> Any:
+    """All eight devices along one axis."""
+    return jax.make_mesh((8,), ("data",), axis_types=(KINDS[kind],))
+
+
+def loss_fn(params: Any, state: Any, batch: Any, scale: Any = 1.0) -> Any:
+    """A layer's loss; a batch may hold more than is asked for."""
+    x = batch["x"] if isinstance(batch, dict) else batch
+    out, state = fs.with_mutable(nn.Dense(WIDTH))(params, state, x)
+    return scale * (out**2).mean(), state
+
+
+def carry_on(mesh: Any) -> fs.Carry:
+    """A carry that every device has whole."""
+    variables = nn.Dense(WIDTH).init(jax.random.key(0), HOST)
+    return fs.init_carry(*fs.split_params(variables), TX, sharding=NamedSharding(mesh, P()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_each_device_computes_its_share_of_a_host_batch(kind: str, microbatches: int) -> None:
+    step = fs.with_optimizer(loss_fn, TX, microbatches=microbatches)
+    flops = {}
+    for name, mesh in {"whole": mesh_of("auto"), "cut": mesh_of(kind)}.items():
+        carry, cut = carry_on(mesh), NamedSharding(mesh, P("data"))
+        options: Any = {"batch": cut} if name == "cut" else {}
+        compiled = fs.jit_step(step, like=carry, donate=False, **options).lower(carry, HOST).compile()
+        found: Any = compiled.cost_analysis()
+        flops[name] = (found[0] if isinstance(found, list) else found)["flops"]
+        given = compiled.input_shardings[0][1]
+        assert given.is_equivalent_to(cut, 2) == (name == "cut")
+        assert "all-gather" not in str(compiled.as_text())
+    update = 16 * WIDTH * WIDTH  # Adam's own, on each device, generously
+    assert flops["cut"] <= flops["whole"] / 8 + update
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_equals_the_step_on_one_device_and_compiles_once(kind: str) -> None:
+    mesh = mesh_of(kind)
+    carry = carry_on(mesh)
+    places = {"x": NamedSharding(mesh, P("data")), "note": None}
+    step: Any = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(loss_fn, TX)), like=carry, batch=places)
+    alone = fs.init_carry(*fs.split_params(nn.Dense(WIDTH).init(jax.random.key(0), HOST)), TX)
+    one = fs.jit_step(fs.with_optimizer(loss_fn, TX))
+    compiles = []
+    for i in range(20):
+        batch = {"x": np.roll(HOST, i, 1), "note": jax.random.key(i)}
+        with fs.compile_log() as log:
+            carry, loss = step(carry, batch, scale=jnp.float32(i))
+        compiles.append(log.compiles["loss_fn"])
+        alone, expected = one(alone, batch, scale=jnp.float32(i))
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert compiles == [1] + 19 * [0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), carry.params, alone.params)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stacked_batches_are_cut_behind_the_steps(kind: str) -> None:
+    mesh = mesh_of(kind)
+    carry, stacked = carry_on(mesh), np.stack([HOST, HOST])
+    many = fs.scan_steps(fs.with_optimizer(loss_fn, TX))
+    compiled = fs.jit_step(many, like=carry, batch=NamedSharding(mesh, P(None, "data"))).lower(carry, stacked).compile()
+    assert compiled.input_shardings[0][1].shard_shape(stacked.shape) == (2, 8, WIDTH)
+    assert "all-gather" not in str(compiled.as_text())
+
+
+def test_without_a_mesh_it_changes_nothing() -> None:
+    carry = fs.init_carry(*fs.split_params(nn.Dense(WIDTH).init(jax.random.key(0), HOST)), TX)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    step = fs.with_optimizer(loss_fn, TX)
+    left, _ = fs.jit_step(step, batch=place, donate=False)(carry, HOST)
+    right, _ = fs.jit_step(step, donate=False)(carry, HOST)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@needs_x32
+def test_what_the_mesh_does_not_divide_is_named() -> None:
+    mesh = mesh_of("auto")
+    carry, cut = carry_on(mesh), NamedSharding(mesh, P("data"))
+    step = fs.jit_step(fs.with_optimizer(loss_fn, TX), batch=cut)
+    with pytest.raises(fs.SignatureError) as caught:
+        step(carry, {"x": HOST[:12], "scale": np.float32(1)})
+    assert caught.value.leaves == ("batch['scale']: f32[], along data=8", "batch['x']: f32[12,32], along data=8")
+    assert not carry.params["kernel"].is_deleted()
+
+
+@needs_x32
+def test_places_of_another_batch() -> None:
+    mesh = mesh_of("auto")
+    carry, cut = carry_on(mesh), NamedSharding(mesh, P("data"))
+    step: Any = fs.jit_step(fs.with_optimizer(loss_fn, TX), batch={"y": cut})
+    with pytest.raises(fs.SignatureError) as caught:
+        step(carry, {"x": HOST})
+    assert caught.value.leaves == ("batch['x']: f32[64,32]",)
+    with pytest.raises(fs.SignatureError) as caught:
+        step(carry, batch={"y": HOST})
+    assert caught.value.leaves == ("batch: no second argument, or one that was passed by name",)
+    wrong: list[Any] = [P("data"), mesh, "data"]
+    for each in wrong:
+        with pytest.raises(fs.SignatureError) as caught:
+            fs.jit_step(fs.with_optimizer(loss_fn, TX), batch=each)
+        assert caught.value.where == "jit_step(batch=...)"
