@@ -12,6 +12,7 @@ from ._errors import SignatureError as SignatureError
 from ._errors import StateDriftError as StateDriftError
 from ._errors import UnsyncedStateError as UnsyncedStateError
 from ._errors import UntouchedStateWarning as UntouchedStateWarning
+from ._finite import skip_nonfinite as skip_nonfinite
 from ._gradient import value_and_grad as value_and_grad
 from ._jit import jit_step as jit_step
 from ._mutable import with_mutable as with_mutable

@@ -13,6 +13,7 @@ from jax.core import Tracer
 from ._carry import is_given, survives
 from ._checks import checked
 from ._describe import ABSENT, Difference, describe, is_array, kind_of, strong
+from ._paths import entry_name
 from ._place import placed
 from ._refusals.carry import LIKE, TOO_WIDE, UNADOPTED, Place
 from ._types import Carry
@@ -74,7 +75,7 @@ def _by_path(tree: Any) -> dict[Place, Held]:
     The box of a leaf has no name of its own: an NNX variable, and the `{"value": ...}` that is saved of one.
     """
     pairs = jax.tree_util.tree_flatten_with_path(_opened(tree), is_leaf=lambda each: each is None)[0]
-    named = {tuple(str(_entry(key)) for key in path): (path, leaf) for path, leaf in pairs}
+    named = {tuple(str(entry_name(key)) for key in path): (path, leaf) for path, leaf in pairs}
     return {
         place[:-1] if place[-1:] == ("value",) else place: Held("carry" + jax.tree_util.keystr(path), leaf)
         for place, (path, leaf) in named.items()
@@ -86,14 +87,6 @@ def _opened(tree: Any) -> Any:
     if not dataclasses.is_dataclass(tree) or isinstance(tree, type) or jax.tree.leaves(tree) != [tree]:
         return tree
     return {field.name: _opened(getattr(tree, field.name)) for field in dataclasses.fields(tree)}
-
-
-def _entry(key: Any) -> Any:
-    """The bare name in a key path entry, whichever kind of container it came from."""
-    for attribute in ("name", "key", "idx"):
-        if hasattr(key, attribute):
-            return getattr(key, attribute)
-    return key
 
 
 def _laid_out(restored: Any, like: Any) -> dict[Place, Held]:

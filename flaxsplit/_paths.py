@@ -34,3 +34,16 @@ def joined(path: Path) -> str:
 def keyed(path: Path, name: str) -> str:
     """Writes a path as errors say it: `params['Dense_0']['kernel']`."""
     return name + "".join(f"[{key!r}]" for key in path)
+
+
+def bare_path(path: tuple[Any, ...]) -> str:
+    """Writes a key path as globs see it: `opt_state/0/count`."""
+    return "/".join(str(entry_name(key)) for key in path)
+
+
+def entry_name(key: Any) -> Any:
+    """The bare name in a key path entry, whichever kind of container it came from."""
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return getattr(key, attribute)
+    return key

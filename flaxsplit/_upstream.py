@@ -18,6 +18,13 @@ def is_about_out_axes(error: ValueError) -> bool:
     return "out_axes" in str(error)
 
 
+def varying_axes(value: Any) -> tuple[Any, ...]:
+    """The axes of an enclosing `shard_map` along which a value differs, if checked. JAX names it by version."""
+    aval: Any = jax.typeof(value)
+    newer = getattr(getattr(aval, "manual_axis_type", None), "varying", ())
+    return tuple(sorted(getattr(aval, "vma", None) or newer))
+
+
 def is_under_pmap() -> bool:
     """Whether `jax.pmap` traces, where it is `jax.jit` of a `shard_map`. A public name would replace this."""
     calls = (frame.f_code for frame, _ in traceback.walk_stack(None))

@@ -76,10 +76,23 @@ READING_ORDER = [
     *("_types", "_describe", "_paths", "_upstream", "_errors"),
     *(
         f"_refusals.{part}"
-        for part in ("options", "apart", "run", "apply", "lanes", "carry", "improve", "watch", "nnx")
+        for part in ("options", "apart", "run", "apply", "lanes", "carry", "improve", "many", "watch", "nnx")
     ),
     *("_checks", "_axes", "_filters", "_split", "_mutable", "_rngs", "_lanes", "_vmap", "_settle"),
-    *("_place", "_drift", "_carry", "_adopt", "_gradient", "_update", "_ema", "_scan", "_jit", "_traces", "_nnx"),
+    *(
+        "_place",
+        "_drift",
+        "_carry",
+        "_adopt",
+        "_gradient",
+        "_update",
+        "_finite",
+        "_ema",
+        "_scan",
+        "_jit",
+        "_traces",
+        "_nnx",
+    ),
 ]
 
 

@@ -126,6 +126,24 @@ FLOWS = {
             ("loss", "loss#2"),
         ],
     ),
+    "skip_nonfinite": Flow(
+        [
+            ["carry", "batch"],
+            ["[step]", "#"],
+            ["carry#1 / as step gives it", "out"],
+            ["[choose] / all finite?", "#"],
+            ["carry#2 / the new one, or the old", "out#2"],
+        ],
+        [
+            ("carry", "[step]"),
+            ("batch", "[step]"),
+            ("[step]", "carry#1"),
+            ("[step]", "out"),
+            ("carry#1", "[choose]"),
+            ("[choose]", "carry#2"),
+            ("out", "out#2"),
+        ],
+    ),
     "with_ema": Flow([
         ["carry", "batch"],
         ["[step]"],

@@ -1,8 +1,9 @@
 """Mixed precision with a loss scale.
 
 The network computes in float16, params and statistics stay in float32. Small gradients would vanish in half
-precision, so the loss is scaled; the scale is state of the optimizer. A step whose gradients overflow is skipped, and
-halves it; many good ones double it.
+precision, so the loss is scaled; the scale is state of the optimizer. A step that overflows is not taken, and halves
+the scale; many good ones double it. So a corrupt row costs a step, where it would have made the batch statistics
+infinite for good, behind a loss that looks fine.
 """
 
 from typing import Any
@@ -51,8 +52,7 @@ def unscaled() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-# What is not finite after all is not applied, and leaves Adam as it was; the scale is outside, so it always moves.
-tx = optax.chain(unscaled(), optax.apply_if_finite(optax.adam(1e-2), max_consecutive_errors=100))
+tx = optax.chain(unscaled(), optax.adam(1e-2))
 
 
 def loss_fn(params: Any, state: Any, batch: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Any]:
@@ -74,15 +74,18 @@ def main() -> None:
         carry, (_, loss) = inner(carry, (*batch, carry.opt_state[0]["scale"]))
         return carry, loss
 
-    step = fs.jit_step(fs.assert_max_traces(scaled_step))
+    # The whole carry is kept where anything in the new one is not finite, but for the scale, which always moves.
+    step = fs.jit_step(fs.assert_max_traces(fs.skip_nonfinite(scaled_step, moving="opt_state/0/*")))
+    corrupt = x.at[0].set(1e6)  # beyond float16
     losses = []
-    for _ in range(300):
-        carry, loss = step(carry, (x, y))
+    for i in range(300):
+        carry, loss = step(carry, (corrupt if i % 100 == 50 else x, y))
         losses.append(float(loss))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((carry.params, carry.state)))
-    scale, skipped = float(carry.opt_state[0]["scale"]), int(carry.opt_state[1].total_notfinite)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((carry.params, carry.state)))
+    scale, skipped = float(carry.opt_state[0]["scale"]), 300 - int(carry.step)
     assert losses[-1] < losses[0] / 10
-    assert skipped > 0
+    assert skipped > 3
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; {skipped} steps skipped, scale {scale:.0f}")
 
 

@@ -1,6 +1,7 @@
 """Refusals of what turns a loss into a step: gradients, updates, averages, scans, compilation."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -184,6 +185,29 @@ def OPT_STATE(error: Exception, tx: optax.GradientTransformation, carry: Carry) 
 def _strong(tree: Any) -> Any:
     """A weak type in the optimizer's state is no difference: a carry has none."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)
+
+
+# ---- skip_nonfinite
+
+FINITE_STEP = function("skip_nonfinite(step)", "step", "skip_nonfinite(with_optimizer(loss_fn, tx))")
+MOVING = form(
+    "skip_nonfinite(moving=...)",
+    "a glob on the '/'-joined path in the carry, or several",
+    "skip_nonfinite(step, moving='state/extra/scale/*')",
+)
+
+
+@Guess
+def UNMOVED(globs: Sequence[str], paths: Sequence[str]) -> Explained:  # noqa: N802
+    """Globs that match nothing in the carry, with the paths that come near."""
+    near = [close for glob in globs for close in difflib.get_close_matches(glob, paths, n=1, cutoff=0.3)]
+    return CollectionError(
+        "skip_nonfinite(moving=...)",
+        "each glob must match a leaf of the carry",
+        [f"{glob!r} matches none of {len(paths)}" for glob in globs],
+        "a misspelt path, or one that does not begin with step, params, state or opt_state",
+        f"did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else "moving='state/extra/*'",
+    )
 
 
 # ---- with_ema
