@@ -1,8 +1,9 @@
 """Evaluating averaged weights.
 
-`with_ema` keeps an average of the params in the state, beside the batch statistics: what is trained stays as it was,
-what is evaluated is `carry.state["ema"]`. With noisy gradients the average is the better model, long before the rate
-has decayed.
+`with_ema` keeps an average in the state, beside what is trained, which stays as it was. With noisy gradients the average
+is the better model, long before the rate has decayed. Which batch statistics go with it? Those of the last step belong
+to other weights; they may be averaged alike, or computed anew by forward passes. All three are measured here, and on
+this small network they differ by less than averaging gains: try them on yours.
 """
 
 from typing import Any
@@ -40,6 +41,11 @@ def error(params: Any, state: Any, batch: tuple[Array, Array]) -> Array:
     return optax.l2_loss(pred, batch[1]).mean()
 
 
+def both(carry: fs.Carry) -> Any:
+    """What is averaged: the params, and the statistics that go with them."""
+    return {"params": carry.params, "batch_stats": carry.state["batch_stats"]}
+
+
 def main() -> None:
     x, test = jax.random.normal(jax.random.key(0), (2, 512, 8))
     weights = jax.random.normal(jax.random.key(1), (8,))
@@ -47,16 +53,26 @@ def main() -> None:
     truth = test, jnp.tanh(test @ weights)
 
     params, state = fs.split_params(model.init(jax.random.key(3), x))
-    carry = fs.init_carry(params, state | {"ema": params}, tx)
-    step = fs.jit_step(fs.assert_max_traces(fs.with_ema(fs.with_optimizer(loss_fn, tx), decay=0.99)))
+    carry = fs.init_carry(params, state | {"ema": {"params": params, **state}}, tx)
+    step = fs.jit_step(fs.assert_max_traces(fs.with_ema(fs.with_optimizer(loss_fn, tx), decay=0.99, of=both)))
     for i in range(400):
         chosen = jax.random.choice(jax.random.key(i), 512, (32,))
         carry, _ = step(carry, (x[chosen], y[chosen]))
 
-    # The average is a tree like the params, so it goes where they go.
-    raw, averaged = (float(error(each, carry.state, truth)) for each in (carry.params, carry.state["ema"]))
-    assert averaged < raw
-    print(f"error of the last weights {raw:.3f}, of their average {averaged:.3f}")
+    # The average is a tree like what it is of, so it goes where that goes.
+    last, ema = {"batch_stats": carry.state["batch_stats"]}, carry.state["ema"]
+    anew = last
+    for _ in range(100):  # forward passes alone: until the statistics have forgotten those of other weights
+        _, anew = apply(ema["params"], anew, x)
+    errors = {
+        "the last weights": error(carry.params, last, truth),
+        "averaged weights, statistics of the last step": error(ema["params"], last, truth),
+        "averaged weights, averaged statistics": error(ema["params"], {"batch_stats": ema["batch_stats"]}, truth),
+        "averaged weights, statistics computed anew": error(ema["params"], anew, truth),
+    }
+    last_error, *averaged = map(float, errors.values())
+    assert max(averaged) < last_error
+    print("; ".join(f"{name}: {float(value):.4f}" for name, value in errors.items()))
 
 
 if __name__ == "__main__":
