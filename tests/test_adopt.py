@@ -172,7 +172,7 @@ def fresh(tx: Any = TX, trainable: Any = None) -> fs.Carry:
 
 def mended(error: fs.CollectionError, **names: Any) -> fs.Carry:
     """The carry that the printed fix gives, typed as it is printed. What is only for some stands after a comma."""
-    everything = {**vars(fs), "from_nnx": fs.from_nnx, "optax": optax, "nnx": nnx, **names}
+    everything: dict[str, Any] = {**vars(fs), "from_nnx": fs.from_nnx, "optax": optax, "nnx": nnx, **names}
     for statement in error.fix.split("; "):
         exec(statement.removeprefix("to go on where the schedule would be, "), everything)  # noqa: S102
     made: fs.Carry = everything["carry"]

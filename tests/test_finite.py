@@ -219,12 +219,13 @@ def test_what_it_refuses() -> None:
         "  likely cause: a misspelt path, or one that does not begin with step, params, state or opt_state",
         "  fix: did you mean 'state/extra/n'?",
     ]
+    no_step: Any = Net()
     wrong: list[Any] = [3, [1, 2], None]
     for each in wrong:
         with pytest.raises(fs.SignatureError):
             fs.skip_nonfinite(step, moving=each)
     with pytest.raises(fs.SignatureError):
-        fs.skip_nonfinite(Net())  # type: ignore[type-var]
+        fs.skip_nonfinite(no_step)
     with pytest.raises(fs.StateDriftError) as drift:  # where a select would have broadcast
         fs.skip_nonfinite(lambda carry, batch: (carry._replace(params={"w": jnp.ones((2, 3))}), 0.0))(
             fs.init_carry({"w": jnp.ones(3)}, {}, TX), X

@@ -1,9 +1,9 @@
 """Evaluating averaged weights.
 
-`with_ema` keeps an average in the state, beside what is trained, which stays as it was. With noisy gradients the average
-is the better model, long before the rate has decayed. Which batch statistics go with it? Those of the last step belong
-to other weights; they may be averaged alike, or computed anew by forward passes. All three are measured here, and on
-this small network they differ by less than averaging gains: try them on yours.
+`with_ema` keeps an average in the state, beside what is trained, which stays as it was. With noisy gradients the
+average is the better model, long before the rate has decayed. Which batch statistics go with it? Those of the last
+step belong to other weights; they may be averaged alike, or computed anew by forward passes. All three are measured
+here, and on this small network they differ by less than averaging gains: try them on yours.
 """
 
 from typing import Any
