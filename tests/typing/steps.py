@@ -124,6 +124,7 @@ def lambdas() -> None:
     aux = fs.with_optimizer(lambda params, state, batch: ((params["w"].mean(), len(params)), state), tx, has_aux=True)
     assert_type(aux(carry, x)[1], tuple[Array, int])
     assert_type(fs.jit_step(fs.scan_steps(fs.with_ema(step, decay=0.9)))(carry, x), tuple[fs.Carry, Array])
+    assert_type(fs.scan_steps(fs.skip_nonfinite(step, moving=["step"]))(carry, x), tuple[fs.Carry, Array])
     fs.jit_step(lambda carry, batch: (carry + batch, None))(x, x)
     mapped = fs.vmap_stateful(lambda params, state, x: (x, state))
     mapped(params, state, x)  # type: ignore[no-untyped-call]
@@ -145,11 +146,13 @@ def four_around_a_step() -> None:
 
 def a_carry_of_ones_own(own: Mine) -> None:
     assert_type(fs.scan_steps(mine, unroll=2)(own, Pair(x, x)), tuple[Mine, Metrics])
-    step = fs.jit_step(fs.scan_steps(mine), like=own, donate=False)
+    step = fs.jit_step(fs.scan_steps(mine), like=own, batch=None, donate=False)
     assert_type(step(own, Pair(x, x)), tuple[Mine, Metrics])
     assert_type(fs.adopt_carry({}, own), Mine)
     step(carry, Pair(x, x))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     fs.with_ema(mine, decay=0.9)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+    fs.skip_nonfinite(mine)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+    fs.skip_nonfinite(fs.with_optimizer(of_pair, tx), moving=3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 def carries() -> None:
