@@ -28,6 +28,7 @@ WRONG = {
     "value_and_grad": "fs.value_and_grad(loss_fn, has_aux='no')",
     "apply_gradients": "fs.apply_gradients(tx, {}, {}, {})",
     "with_optimizer": "fs.with_optimizer(loss_fn, tx, has_aux='no')",
+    "skip_nonfinite": "fs.skip_nonfinite(step, moving=3)",
     "with_ema": "fs.with_ema('step', decay=0.9)",
     "scan_steps": "fs.scan_steps(step, unroll='2')",
     "stack_batches": "fs.stack_batches(3, 2)",
@@ -49,6 +50,7 @@ RIGHT = {
     "value_and_grad": "fs.value_and_grad(loss_fn, axis_name=('a', 'b'))",
     "apply_gradients": "fs.apply_gradients(tx, fs.init_carry({}, {}, tx), {}, {}, value=0.0)",
     "with_optimizer": "fs.with_optimizer(jax.jit(loss_fn), tx, axis_name='batch')",
+    "skip_nonfinite": "fs.skip_nonfinite(step, moving=['step'])",
     "with_ema": "fs.with_ema(step, decay=lambda count: 0.9)",
     "scan_steps": "fs.scan_steps(jax.jit(step), unroll=2)",
     "stack_batches": "list(fs.stack_batches(iter([jnp.ones(2)]), 2))",
@@ -136,7 +138,7 @@ def test_a_checked_function_keeps_its_name_its_words_and_its_signature() -> None
     code += "print(f.__name__, f.__doc__[:8], *inspect.signature(f).parameters)"
     environment = os.environ | {"FLAXSPLIT_TYPECHECKER": "typeguard"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == ["jit_step", "Compiles", "step", "like", "donate"]
+    assert done.stdout.split() == ["jit_step", "Compiles", "step", "like", "batch", "donate"]
     assert _checks.typechecked(errors_of).__name__ == "errors_of"
 
 

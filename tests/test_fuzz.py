@@ -417,6 +417,43 @@ def test_laws_4_and_6_the_loop_of_the_guide(model: Model, tx: optax.GradientTran
     trained(model, data.draw(some.stacks(model)), tx, assert_bits)
 
 
+# Law 10
+
+
+@some.fuzzed(model=some.models(), tx=some.optimizers(), data=st.data())
+def test_law_10_a_poisoned_batch_changes_the_keys_alone(
+    model: Model, tx: optax.GradientTransformation, data: Any
+) -> None:
+    params, state = model.halves()
+    stack = data.draw(some.stacks(model))
+    carry = fs.init_carry(params, state, tx)
+    step = jitted(fs.skip_nonfinite(stepped(model, stack, tx)), stack, carry)
+    carry, _ = step(carry, model.batch(0))
+    x, y = model.batch(1)
+    kept = jax.tree.map(jnp.copy, without_keys(carry))
+    after, loss = step(carry, (poisoned(x), y))
+    if not is_finite(loss):
+        assert_bits(without_keys(after), kept)
+    assert is_finite(without_keys(after))
+
+
+def poisoned(tree: Any) -> Any:
+    """One number of each floating leaf is none."""
+    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan) if is_float(leaf) else leaf, tree)
+
+
+def is_finite(tree: Any) -> bool:
+    """Whether all that is floating is finite."""
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return all(bool(jnp.isfinite(leaf).all()) for leaf in floats)
+
+
+def without_keys(carry: fs.Carry) -> Any:
+    """All of a carry but what moves at each step."""
+    return carry._replace(state={name: tree for name, tree in carry.state.items() if name != "rngs"})
+
+
 # Law 5
 
 
