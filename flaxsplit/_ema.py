@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from ._checks import check_count, checked, is_function, two_of
 from ._describe import same_structure, shapes_of, wraps
-from ._refusals.improve import DECAY, EMA, EMA_STEP, OF, decay_of
+from ._refusals.keep import DECAY, EMA, EMA_STEP, OF, decay_of
 from ._types import Carry, CarryStepT
 from ._update import check_carry
 

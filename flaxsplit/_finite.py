@@ -11,7 +11,7 @@ from ._checks import checked, is_function, two_of
 from ._describe import wraps
 from ._drift import check_drift
 from ._paths import bare_path
-from ._refusals.improve import FINITE_STEP, MOVING, UNMOVED
+from ._refusals.keep import FINITE_STEP, MOVING, UNMOVED
 from ._types import CarryStepT
 from ._update import check_carry
 from ._upstream import varying_axes

@@ -12,6 +12,7 @@ from ._checks import check_count, checked, is_function, is_inexact
 from ._describe import describe, is_array, keyed_leaves, wraps
 from ._drift import check_drift
 from ._refusals.improve import (
+    ARGUMENTS,
     HALVES,
     INDIVISIBLE,
     LOSS_FN,
@@ -128,7 +129,11 @@ def _objective(loss_fn: Any, has_aux: bool, axis_name: AxisName | None) -> Calla
 
     def objective(learned: tuple[Any, Any], state: Tree, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         params, overwritten = learned
-        result = loss_fn(params, {**state, **overwritten}, *args, **kwargs)
+        given = (params, {**state, **overwritten}, *args)
+        try:
+            result = loss_fn(*given, **kwargs)
+        except TypeError as error:
+            ARGUMENTS.instead_of(error, error, loss_fn, given, kwargs)
         MISRETURNED.unless(_is_returned(result, has_aux), result, has_aux, params)
         out, new_state = result
         new_state = check_drift("value_and_grad(loss_fn)", "state", state, new_state)

@@ -11,7 +11,19 @@ from flax import core, errors
 
 from ._checks import checked, two_of
 from ._describe import plain, same_leaves, wraps
-from ._refusals.apply import AT_CALL, CAPTURE, FLAX, FORM, METHOD, MODEL, MUTABLE, NOT_IN_STATE, NOTHING_SOWN, UNTOUCHED
+from ._refusals.apply import (
+    ARGUMENTS,
+    AT_CALL,
+    CAPTURE,
+    FLAX,
+    FORM,
+    METHOD,
+    MODEL,
+    MUTABLE,
+    NOT_IN_STATE,
+    NOTHING_SOWN,
+    UNTOUCHED,
+)
 from ._split import check_halves, merge_state
 from ._types import OVERWRITTEN, AnyParams, ApplyFn, LinenModule, Mutable, State, Stateful, Tree
 from ._upstream import is_nn_apply, reopened
@@ -121,6 +133,8 @@ def with_mutable(
             result = apply(variables, *args, mutable=(*names, *captured), **kwargs)
         except (errors.FlaxError, ValueError) as error:
             FLAX.instead_of(error, error, names, variables, state, kwargs.get("rngs"))
+        except TypeError as error:
+            ARGUMENTS.instead_of(error, error, stateful, (params, state, *args), kwargs)
         out, updated = two_of(result, "with_mutable(fn)", FORM)
         new_state = {**state, **{name: plain(updated[name]) for name in names if name in updated}}
         _warn_untouched([name for name in names if name != OVERWRITTEN], variables, new_state)

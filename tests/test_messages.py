@@ -687,6 +687,58 @@ def test_an_apply_function_that_returns_one_thing() -> None:
     """)
 
 
+@needs_x32
+def test_arguments_that_the_model_does_not_take() -> None:
+    params, state = fs.split_params(MLP(4).init(jax.random.key(0), X[0]))
+    apply: Any = fs.with_mutable(MLP(4))
+    keys = {"dropout": jax.random.key(0)}
+    error = fails(fs.SignatureError, apply, params, state, X[0], True, keys)
+    assert str(error) == whole("""
+    with_mutable(fn): fn takes (params, state, x, train)
+      got:
+        fn(params, state, f32[10], bool, dict): too many positional arguments
+      likely cause: an argument is too many, missing or misspelt, or rngs= was not given by name
+      fix: fn(params, state, x, train=True, rngs={'dropout': key})
+    """)
+    assert isinstance(error.__cause__, TypeError)
+    error = fails(fs.SignatureError, apply, params, state, X[0], trian=True, rngs=keys)
+    assert error.leaves == ("fn(params, state, f32[10], trian=, rngs=): got an unexpected keyword argument 'trian'",)
+
+
+@needs_x32
+def test_a_loss_function_that_closed_over_its_state() -> None:
+    closed: Any = lambda params: (params["w"].sum(), {})  # noqa: E731
+    error = fails(fs.SignatureError, fs.with_optimizer(closed, TX), one(), jnp.ones(3))
+    assert str(error) == whole("""
+    value_and_grad(loss_fn): loss_fn is called as loss_fn(params, state, batch)
+      got:
+        loss_fn(params): too many positional arguments
+      likely cause: the state or the batch came in by a closure
+      fix: def loss_fn(params, state, batch): ...; return loss, new_state
+    """)
+    step: Any = fs.with_optimizer(squares, TX)
+    error = fails(fs.SignatureError, step, one(), jnp.ones(3), jnp.ones(2), clip=0.1)
+    assert error.required == "loss_fn is called as loss_fn(params, state, batch, f32[2], clip)"
+    assert error.cause == "an argument of the call is not one of loss_fn"
+
+
+def test_a_type_error_of_the_users_own_stays_as_it_is() -> None:
+    def loss_fn(params: Any, state: Any, batch: Any) -> Any:
+        raise TypeError("mine")
+
+    with pytest.raises(TypeError, match="mine") as caught:
+        fs.with_optimizer(loss_fn, TX)(one(), jnp.ones(3))
+    assert type(caught.value) is TypeError
+
+    class Net(nn.Module):
+        def __call__(self, x: Any) -> Any:
+            raise TypeError("its own")
+
+    with pytest.raises(TypeError, match="its own") as caught:
+        fs.with_mutable(Net())({}, {}, X)
+    assert type(caught.value) is TypeError
+
+
 def test_mutable_at_the_call() -> None:
     params, state = fs.split_params(nn.Dense(2).init(jax.random.key(0), X))
     apply: Any = fs.with_mutable(nn.Dense(2))

@@ -76,7 +76,7 @@ READING_ORDER = [
     *("_types", "_describe", "_paths", "_upstream", "_errors"),
     *(
         f"_refusals.{part}"
-        for part in ("options", "apart", "run", "apply", "lanes", "carry", "improve", "many", "watch", "nnx")
+        for part in ("options", "apart", "run", "apply", "lanes", "carry", "improve", "keep", "many", "watch", "nnx")
     ),
     *("_checks", "_axes", "_filters", "_split", "_mutable", "_rngs", "_lanes", "_vmap", "_settle"),
     *(

@@ -12,7 +12,7 @@ from flaxsplit._paths import flatten, keyed
 from flaxsplit._types import RESERVED
 from flaxsplit._upstream import collection_in, first_sentence, is_about_rngs, param_in, stream_in
 
-from .options import form
+from .options import form, unbound
 
 _FN = "with_mutable(fn)"
 _MUTABLE = "with_mutable(mutable=...)"
@@ -48,6 +48,19 @@ AT_CALL = Refusal(
     "the arguments of module.apply were kept",
     "with_mutable(model, mutable=['batch_stats'])(params, state, x), or with_mutable(model): all of the state is",
 )
+
+
+@Guess
+def ARGUMENTS(error: Exception, stateful: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Explained:  # noqa: N802
+    """Arguments that the model does not take; any other error stays as it is."""
+    own = {name: value for name, value in kwargs.items() if name not in ("rngs", "capture_intermediates")}
+    why, names = unbound(stateful, args, own)
+    if not why:
+        raise error
+    given = ", ".join(["params", "state", *map(describe, args[2:]), *(f"{name}=" for name in kwargs)])
+    cause = "an argument is too many, missing or misspelt, or rngs= was not given by name"
+    fix = "fn(params, state, x, train=True, rngs={'dropout': key})"
+    return SignatureError(_FN, f"fn takes ({', '.join(names)})", [f"fn({given}): {why}"], cause, fix)
 
 
 @Guess

@@ -1,5 +1,7 @@
 """Arguments of another form: the rows that many combinators share."""
 
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flaxsplit._describe import describe
@@ -20,6 +22,19 @@ def function(where: str, name: str, fix: str) -> Refusal:
 
 TX = form("$where", "tx must be an optax transformation: it has init and update", "tx = optax.adam(1e-3)")
 AXIS_NAME = form("$where", "$option must be the name of an axis, or a tuple of names", "$option='batch'")
+
+
+def unbound(fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Why a call does not fit the signature, empty where it does or where there is none; and the arguments by name."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return "", []
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as why:
+        return str(why), [*signature.parameters]
+    return "", [*signature.parameters]
 
 
 @Guess
