@@ -31,7 +31,7 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     """On the site what lies beside docs/ lies within; a wide page has the room of its table of contents too."""
     if page.file.src_uri.startswith(WIDE):
         page.meta["hide"] = ["toc"]
-    markdown = re.sub(r"\]\(\.\./examples/(recipes/\w+)\.py\)", r"](\1.md)", markdown)
+    markdown = re.sub(r"\]\(((?:\.\./)*)\.\./examples/(recipes/\w+)\.py\)", r"](\1\2.md)", markdown)
     return markdown.replace("](../", "](") if "/" not in page.file.src_uri else markdown
 
 
