@@ -49,7 +49,8 @@ def skip_nonfinite(step: CarryStepT, *, moving: str | Sequence[str] = ()) -> Car
 
     As `optax.apply_if_finite`, but of the whole carry: batch statistics, averages and moments too, and for good. So a
     bad batch costs one step and not the run. What was not finite before the step, such as a best loss that begins at
-    infinity, is not looked at.
+    infinity, is not looked at. Under `jax.shard_map` all devices take a step or none does, each having seen its own
+    part of the carry; with `check_vma=False` JAX does not say what is in parts, and the loss must tell it to all.
     """
     FINITE_STEP.unless(is_function(step), step=step)
     globs: Any = (moving,) if isinstance(moving, str) else moving
