@@ -77,7 +77,7 @@ def main() -> None:
         carry, _ = train(carry, minibatches(batch, key), clip)
     assert int(carry.step) == ROUNDS * EPOCHS * PARTS
     assert rewards[-1] > 2 * rewards[0]
-    print(f"reward {rewards[0]:.2f} -> {rewards[-1]:.2f} in {ROUNDS} rounds, {EPOCHS * PARTS} minibatches in a dispatch")
+    print(f"reward {rewards[0]:.2f} -> {rewards[-1]:.2f} in {ROUNDS} rounds of {EPOCHS * PARTS} minibatches")
 
 
 if __name__ == "__main__":
