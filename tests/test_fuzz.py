@@ -439,8 +439,12 @@ def test_law_10_a_poisoned_batch_changes_the_keys_alone(
 
 def poisoned(tree: Any) -> Any:
     """One number of each floating leaf is none."""
-    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
-    return jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan) if is_float(leaf) else leaf, tree)
+
+    def one(leaf: Any) -> Any:
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.at[(0,) * leaf.ndim].set(jnp.nan) if is_float else leaf
+
+    return jax.tree.map(one, tree)
 
 
 def is_finite(tree: Any) -> bool:
