@@ -293,3 +293,27 @@ def test_a_count_of_another_width_is_the_same_count() -> None:
     for step in others:
         with pytest.raises(fs.CollectionError):
             fs.adopt_carry(carry._replace(step=step), fresh())
+
+
+def test_what_a_step_says_of_an_average_or_an_optimizer_of_other_params_keeps_the_rest() -> None:
+    step = fs.with_ema(fs.with_optimizer(loss_fn, TX), decay=0.9)
+    carry = trained()
+    with pytest.raises(fs.CollectionError) as none:
+        step(carry, (X, Y))
+    averaged = eval(none.value.fix, {"carry": carry, "jax": jax, "jnp": jnp})  # noqa: S307
+    assert_equal(averaged.state["ema"], carry.params)
+    assert_equal(averaged.opt_state, carry.opt_state)
+    part = {"head": jax.tree.map(jnp.zeros_like, carry.params["head"])}
+    with pytest.raises(fs.CollectionError) as narrow:
+        step(averaged._replace(state={**averaged.state, "ema": part}), (X, Y))
+    names = {**vars(fs), "carry": averaged._replace(state={**averaged.state, "ema": part}), "tx": TX}
+    wider = eval(narrow.value.fix, names)  # noqa: S307
+    assert_equal(wider.state["ema"], {"body": carry.params["body"], "BatchNorm_0": carry.params["BatchNorm_0"], **part})
+    assert_equal(wider.opt_state, carry.opt_state)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), TX)
+    with pytest.raises(fs.SignatureError) as other:
+        fs.with_optimizer(loss_fn, tx)(carry, (X, Y))
+    fix = other.value.fix.removesuffix(" with the tx of the step")
+    wrapped = eval(fix, {**vars(fs), "carry": carry, "tx": tx})  # noqa: S307
+    assert_equal(wrapped.opt_state[1], carry.opt_state)
+    assert int(wrapped.step) == 3

@@ -1,4 +1,4 @@
-"""Refusals of what turns a loss into a step: gradients, updates, averages, scans, compilation."""
+"""Refusals of what turns a loss into a step: gradients, and updates."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
