@@ -14,6 +14,8 @@ FLAGS ?= JAX_CHECK_TRACER_LEAKS=1 JAX_DEBUG_NANS=1 JAX_ENABLE_X64=1 JAX_NUMPY_RA
 BIN := $(VENV)/bin
 # As many processes as the smallest machine has cores; worksteal, because a few tests compile for much longer than the rest.
 PYTEST := pytest -n 2 --dist worksteal
+# Without those that take whole minutes: `make slow` runs them.
+MOST := -m "not slow"
 # pip says by itself what it is doing; only its advice to upgrade itself is left out.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Where `make versions`, `lowest`, `newest` and `flags` store what passed, if anywhere.
@@ -21,14 +23,16 @@ export RECORD ?=
 NOX := $(BIN)/nox
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test checked fuzz bench gpu soak mutants types types-once docs lint audit flags versions lowest newest check clean
+.PHONY: help demo test slow checked fuzz bench gpu soak mutants types types-once types-mypy types-pyright docs lint audit flags versions lowest newest check clean
 .DELETE_ON_ERROR:
 # The first line says what the target runs on: an environment that is there keeps the Python that it was made with.
-ifneq ($(filter demo test checked fuzz bench gpu docs,$(MAKECMDGOALS)),)
+ifneq ($(filter demo test slow checked fuzz bench gpu docs,$(MAKECMDGOALS)),)
 $(info python: $(shell $(or $(wildcard $(BIN)/python),$(PYTHON)) -c 'import platform, sys; print(platform.python_version(), "of", sys.base_prefix)'))
 endif
 # Two installations at once into one environment would break it.
+ifndef INSTALLED
 .NOTPARALLEL:
+endif
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -37,12 +41,16 @@ demo: $(VENV)/.installed-demo  ## train on handwritten digits
 	$(BIN)/python examples/digits.py
 	@echo "make demo: done"
 
-test: $(VENV)/.installed-test  ## every test and every docstring
-	$(BIN)/$(PYTEST)
+test: $(VENV)/.installed-test  ## the tests, and every docstring as one
+	$(BIN)/$(PYTEST) $(MOST)
 	@echo "make test: all tests passed"
 
+slow: $(VENV)/.installed-test  ## the rest: whole benchmark runs, several processes, long trainings
+	$(BIN)/$(PYTEST) -m slow tests
+	@echo "make slow: all tests passed"
+
 checked: $(VENV)/.installed-test  ## the tests again, every signature checked at run time
-	FLAXSPLIT_TYPECHECKER=typeguard $(BIN)/$(PYTEST)
+	FLAXSPLIT_TYPECHECKER=typeguard $(BIN)/$(PYTEST) $(MOST)
 	@echo "make checked: all tests passed"
 
 # One process: a machine's second core is then free for XLA. SECONDS=600 gives each test of test_fuzz so long, and leaves
@@ -53,8 +61,8 @@ fuzz: $(VENV)/.installed-test  ## the laws over 10,000 drawn models each, or for
 		$(BIN)/pytest -s tests/test_fuzz.py $(if $(SECONDS),,tests/test_laws.py)
 	@echo "make fuzz: all laws held"
 
-bench: $(VENV)/.installed-bench  ## every benchmark once, quickly
-	$(BIN)/python -m benchmarks --quick --out build/benchmarks
+bench: $(VENV)/.installed-bench  ## every benchmark once, quickly; or as many as MINUTES= hold
+	$(BIN)/python -m benchmarks $(if $(MINUTES),--minutes $(MINUTES),--quick) --out build/benchmarks
 	$(BIN)/python -m benchmarks report --out build/benchmarks
 	@echo "make bench: done"
 
@@ -72,15 +80,22 @@ types: types-once  ## mypy and pyright, both strict, and what they must reject; 
 	$(MAKE) --no-print-directory types-once PYTHON="$$python" VENV=$(VENV)-types
 	@echo "make types: no errors"
 
-# pyright reads [tool.pyright] for what to check: the same, strictly. With --verifytypes it looks for the package where the
-# python on PATH finds it, whatever --pythonpath says. stubtest needs no list of exceptions; the overlay's check brings its own.
+# Each checker takes one core: they run beside each other.
 types-once: $(VENV)/.installed-dev $(VENV)/.installed-stubs
+	$(MAKE) --no-print-directory -j 2 --output-sync=target INSTALLED=1 types-mypy types-pyright
+	$(BIN)/python tools/types_table.py
+
+# stubtest needs no list of exceptions; the overlay's check brings its own.
+types-mypy:
 	$(BIN)/mypy --strict flaxsplit tests examples benchmarks tools noxfile.py
+	$(BIN)/python -m mypy.stubtest flaxsplit --concise --mypy-config-file pyproject.toml
+
+# pyright reads [tool.pyright] for what to check: the same, strictly. With --verifytypes it looks for the package where the
+# python on PATH finds it, whatever --pythonpath says.
+types-pyright:
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pyright --verifytypes flaxsplit --ignoreexternal
-	$(BIN)/python -m mypy.stubtest flaxsplit --concise --mypy-config-file pyproject.toml
 	$(BIN)/python stubs/check
-	$(BIN)/python tools/types_table.py
 
 docs: $(VENV)/.installed-docs  ## the site, into build/site; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -110,16 +125,17 @@ versions: $(VENV)/.installed-versions  ## the built wheel in an empty environmen
 lowest: $(VENV)/.installed-versions  ## the tests with the oldest dependencies supported, the overlay's too
 	@python=$$($(BIN)/python tools/newest.py --name $(OLDER)) || exit; \
 	if [ -z "$$python" ]; then echo "lowest: no CPython among $(OLDER) found" >&2; exit 1; fi; set -x; \
-	$(NOX) --error-on-missing-interpreters -s "versions($$python-lowest)" $(if $(TESTS),-- $(TESTS))
+	$(NOX) --error-on-missing-interpreters -s "versions($$python-lowest)" -- $(or $(TESTS),$(MOST) tests --pyargs flaxsplit)
 	@echo "make lowest: all tests passed"
 
-newest: $(VENV)/.installed-versions  ## the tests with the newest dependencies, on Python 3.12, on the built wheel
+newest: $(VENV)/.installed-versions  ## the tests with the newest dependencies, on the built wheel, every signature checked at run time
 	@python=$$($(BIN)/python tools/newest.py --name $(NEWER)) || exit; \
 	if [ -z "$$python" ]; then echo "newest: skipped, no CPython >= 3.12 found"; exit; fi; set -ex; \
-	$(NOX) --error-on-missing-interpreters -s empty "versions($$python-newest)" $(if $(TESTS),-- $(TESTS)); \
+	$(NOX) --error-on-missing-interpreters -s empty; \
+	FLAXSPLIT_TYPECHECKER=typeguard $(NOX) -s "versions($$python-newest)" -- $(or $(TESTS),$(MOST) tests --pyargs flaxsplit); \
 	set +x; echo "make newest: all tests passed"
 
-check: lint docs audit test checked lowest newest types demo bench  ## all of the above but fuzz, flags and versions
+check: lint docs audit test slow lowest newest types demo bench  ## all of the above but checked, fuzz, flags and versions
 	@echo "make check: everything passed"
 
 # Hours, where none is stored; ONLY=_vmap.py for some, and AGAIN=survivors after a test was written.

@@ -61,6 +61,7 @@ def test_every_public_function_is_tried() -> None:
     assert functions - tried == {"compile_log"}  # takes no argument
 
 
+@pytest.mark.slow
 @needs_caches
 @needs_jit
 @needs_nan

@@ -13,7 +13,7 @@ import pytest
 
 from .flags import needs_defaults, needs_jit
 
-pytestmark = [needs_jit, needs_defaults]
+pytestmark = [needs_jit, needs_defaults, pytest.mark.slow]
 ROOT = pathlib.Path(__file__).parent.parent
 CLAIMS = (ROOT / "benchmarks").glob("[!_]*.py")
 

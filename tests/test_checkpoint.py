@@ -55,6 +55,7 @@ def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return np.load(folder / "end.npz")
 
 
+@pytest.mark.slow
 @needs_jit
 @pytest.mark.parametrize("how", ["like", "bare"])
 def test_training_goes_on_as_if_it_had_not_stopped(how: str, never_stopped: Any, tmp_path: pathlib.Path) -> None:

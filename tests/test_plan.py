@@ -145,6 +145,7 @@ KILLS = int(os.environ.get("PLAN_KILLS", "3"))
 ARGUMENTS = ["memory", "scan", "dispatch", "--smoke", "--minutes", "3"]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_is_resumed_and_complete(tmp_path: pathlib.Path) -> None:
     command = [sys.executable, "-m", "benchmarks", *ARGUMENTS, "--out", str(tmp_path), "--resume"]
     chance = random.Random(0)  # noqa: S311 (a moment, not a secret)
@@ -170,6 +171,7 @@ def test_killed_at_any_moment_it_is_resumed_and_complete(tmp_path: pathlib.Path)
     }
 
 
+@pytest.mark.slow
 def test_it_needs_no_package_that_a_lent_machine_may_lack(tmp_path: pathlib.Path) -> None:
     code = f"""
 import sys

@@ -4,11 +4,14 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from .flags import needs_jit
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 @needs_jit
 def test_what_is_reckoned_per_layer_is_what_is_compiled() -> None:
     command = [sys.executable, "tools/scale.py", "--small"]

@@ -13,7 +13,7 @@ from tools import soak
 
 from .flags import needs_jit
 
-pytestmark = needs_jit
+pytestmark = [needs_jit, pytest.mark.slow]
 ROOT = pathlib.Path(__file__).parent.parent
 
 

@@ -13,6 +13,7 @@ from .processes import ended_well, free_port, running
 CASES = 2 + 11 + 8 + 2
 
 
+@pytest.mark.slow
 @needs_jit
 @pytest.mark.skipif("FLAXSPLIT_TYPECHECKER" in os.environ, reason="signatures are checked where steps are traced alike")
 def test_every_optimizer_and_model_in_two_processes(tmp_path: pathlib.Path) -> None:

@@ -18,6 +18,7 @@ from .processes import ended_well, running
 
 STEPS = 24
 pytestmark = [
+    pytest.mark.slow,
     needs_jit,
     pytest.mark.skipif(bool(_checks.TYPECHECKER), reason="takes minutes, and what it calls is checked elsewhere"),
 ]
