@@ -58,7 +58,7 @@ checked: $(VENV)/.installed-test  ## the tests again, every signature checked at
 fuzz: $(VENV)/.installed-test  ## the laws over 10,000 drawn models each, or for SECONDS= each
 	rm -f build/fuzz.json
 	HYPOTHESIS_PROFILE=deep FUZZ_SECONDS=$(or $(SECONDS),inf) FUZZ_REPORT=build/fuzz.json \
-		$(BIN)/pytest -s tests/test_fuzz.py $(if $(SECONDS),,tests/test_laws.py)
+		$(BIN)/pytest -s --timeout 0 tests/test_fuzz.py $(if $(SECONDS),,tests/test_laws.py)
 	@echo "make fuzz: all laws held"
 
 bench: $(VENV)/.installed-bench  ## every benchmark once, quickly; or as many as MINUTES= hold
