@@ -156,19 +156,19 @@ def show(result: m.Result) -> None:
         show_matrix(result)
         return
     table = Table(title=f"{result.claim}: {result.statement}", title_justify="left")
-    for heading in ("case", "median", "quartiles", "ratio, 95 % interval"):
+    for heading in ("case", "samples", "median", "quartiles", "ratio, 95 % interval"):
         table.add_column(heading, overflow="fold")
     for row in result.rows:
         table.add_row(f"[bold]{row.case}", end_section=False)
         for name, *told in m.contenders(row):
             table.add_row(f"  {name}", *told)
             if row.work:
-                table.add_row("", "", "", f"[dim]{m.rate(row, name)}")
+                table.add_row("", "", "", "", f"[dim]{m.rate(row, name)}")
         for name, words in row.notes.items():
-            table.add_row(f"  {name}", "", "", f"[dim]{words}")
+            table.add_row(f"  {name}", "", "", "", f"[dim]{words}")
         said = m.verdict(row)
         if said:
-            table.add_row("", "", "", f"[italic]{said}")
+            table.add_row("", "", "", "", f"[italic]{said}")
         table.add_section()
     console.print(table)
 

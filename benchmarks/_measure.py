@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import os
 import pathlib
 import platform
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -34,11 +36,13 @@ class Effort:
 
     `lease` is for a device that is there for minutes: the sizes of `quick`, of networks the large ones. Where a run is
     `planned`, `wants` is asked before each case and may say no: the most valuable come first, and it stops in time.
+    `fewest` rounds are run even where they take longer than `seconds`.
     """
 
     name: str
     rounds: int
     seconds: float
+    fewest: int
     wants: Callable[[str], bool] = lambda case: True
     planned: bool = False
 
@@ -48,10 +52,15 @@ class Effort:
         return [*sizes[self.name]]
 
 
-_FEWEST = 3
+_ENOUGH = 8  # fewer samples of a time have no interval that means anything
 EFFORTS = {
     each.name: each
-    for each in (Effort("smoke", _FEWEST, 1), Effort("quick", 40, 4), Effort("lease", 60, 6), Effort("full", 300, 20))
+    for each in (
+        Effort("smoke", 3, 1, 3),
+        Effort("quick", 40, 4, 3),
+        Effort("lease", 60, 6, _ENOUGH),
+        Effort("full", 300, 20, _ENOUGH),
+    )
 }
 
 
@@ -78,14 +87,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median of paired ratios to the baseline, with its 95 % confidence interval."""
+    """Median of paired ratios to the baseline, with its 95 % confidence interval: all numbers, if samples are few."""
 
     value: float
-    low: float
-    high: float
+    low: float = 0.0
+    high: float = math.inf
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """How far the interval reaches below and above the value, for a picture: nowhere where there is none."""
+        return (self.value - self.low, self.high - self.value) if math.isfinite(self.high) else (0.0, 0.0)
 
     def __str__(self) -> str:
-        interval = f" [{self.low:.3f}, {self.high:.3f}]" if self.low != self.high else ""
+        interval = f" [{self.low:.3f}, {self.high:.3f}]" if any(self.spread) else ""
         return f"{self.value:.3f}{interval}"
 
 
@@ -135,7 +149,7 @@ def in_turn(names: Iterable[str], effort: Effort, tell: Tell, most: int = 10_000
     order, chance = [*names], random.Random(0)  # noqa: S311 (an order, not a secret)
     end = time.perf_counter() + effort.seconds
     for i in range(min(most, effort.rounds)):
-        if i >= _FEWEST and time.perf_counter() > end:
+        if i >= effort.fewest and time.perf_counter() > end:
             return
         tell(f"round {i + 1} of at most {effort.rounds}")
         chance.shuffle(order)
@@ -145,32 +159,52 @@ def in_turn(names: Iterable[str], effort: Effort, tell: Tell, most: int = 10_000
 def ratios(row: Row) -> dict[str, Ratio]:
     """Each contender against the baseline, round by round, so that what slows a whole round cancels."""
     base = np.array(row.samples[row.baseline])
-    return {name: _ratio(np.array(each) / base) for name, each in row.samples.items() if name != row.baseline}
+    times = row.unit == "s"
+    return {name: _ratio(np.array(each) / base, times) for name, each in row.samples.items() if name != row.baseline}
 
 
-def _ratio(paired: np.ndarray) -> Ratio:
+def _ratio(paired: np.ndarray, times: bool) -> Ratio:
     value = float(np.median(paired))
-    if len(paired) < 3 or np.ptp(paired) == 0:
+    if not times:  # exact
         return Ratio(value, float(paired.min()), float(paired.max()))
-    found = stats.bootstrap((paired,), np.median, n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
-    return Ratio(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
+    return interval(value, (paired,), np.median)
+
+
+def interval(value: float, samples: tuple[Any, ...], statistic: Callable[..., Any]) -> Ratio:
+    """A ratio with what 2000 draws of the samples say of it, where there are enough to draw from."""
+    if min(map(len, samples)) < _ENOUGH:
+        return Ratio(value)
+    found = stats.bootstrap(samples, statistic, n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
+    return Ratio(value, *map(float, found.confidence_interval))
+
+
+HOLDS, BROKEN, OPEN = "holds", "broken", "not decided"
+
+
+def verdicts(row: Row) -> dict[str, str]:
+    """Whether each bounded contender keeps to its bound; where the interval holds the bound, that is not decided."""
+    found = ratios(row)
+    return {name: _verdict(found[name], bound, _inside(row)) for name, bound in row.bounds.items() if name in found}
+
+
+def _verdict(ratio: Ratio, bound: float, inside: bool) -> str:
+    return HOLDS if ratio.high <= bound else BROKEN if ratio.low > bound and not inside else OPEN
+
+
+def _inside(row: Row) -> bool:
+    """Whether flaxsplit differs from the baseline by less than the baseline from itself."""
+    found = ratios(row)
+    noise, ours = found.get(AGAIN), found.get(OURS)
+    return bool(noise and ours and max(noise.low, ours.low) <= min(noise.high, ours.high) < math.inf)
 
 
 def verdict(row: Row) -> str:
-    """Whether each bounded contender keeps to its bound; where the interval holds the bound, that is said."""
-    found, said = ratios(row), []
-    noise, ours = found.get(AGAIN), found.get(OURS)
-    inside = bool(noise and ours and max(noise.low, ours.low) <= min(noise.high, ours.high))
-    for name, bound in row.bounds.items():
-        if name in found:
-            ratio = found[name]
-            broken = ratio.low > bound and not inside
-            word = "holds" if ratio.high <= bound else "broken" if broken else "not decided by this run"
-            said.append(f"at most {bound:g}: {word}")
-    return "; ".join([*said, *(["difference inside the noise"] if said and inside else [])])
+    """The verdicts on a row in words."""
+    said = [f"at most {row.bounds[name]:g}: {word}" for name, word in verdicts(row).items()]
+    return "; ".join([*said, *(["difference inside the noise"] if said and _inside(row) else [])])
 
 
-SUMMARY = ("claim", "promised", "measured", "the baseline against itself", "cases")
+SUMMARY = ("claim", "promised", "measured", "the baseline against itself", "cases", "verdict")
 
 
 def summary(results: Iterable[Result]) -> Iterator[tuple[str, ...]]:
@@ -181,7 +215,10 @@ def summary(results: Iterable[Result]) -> Iterator[tuple[str, ...]]:
             ours = [found[name] for row, found in bounded for name in row.bounds]
             noise = [found[AGAIN] for _, found in bounded if AGAIN in found]
             bounds = {f"at most {bound:.2f} of {row.baseline}" for row, _ in bounded for bound in row.bounds.values()}
-            yield result.claim, ", ".join(sorted(bounds)), _span(ours), _span(noise), str(len(ours))
+            said = Counter(word for row, _ in bounded for word in verdicts(row).values())
+            told = ", ".join(f"{word} in {said[word]}" for word in (HOLDS, BROKEN, OPEN) if said[word])
+            words = told if len(said) > 1 else next(iter(said))
+            yield result.claim, ", ".join(sorted(bounds)), _span(ours), _span(noise), str(len(ours)), words
 
 
 def _span(found: list[Ratio]) -> str:
@@ -198,12 +235,13 @@ def quartiles(samples: Iterable[float]) -> tuple[float, float, float]:
     return float(low), float(middle), float(high)
 
 
-def contenders(row: Row) -> Iterator[tuple[str, str, str, str]]:
-    """Each contender's name, median, quartiles, and ratio to the baseline, in words."""
+def contenders(row: Row) -> Iterator[tuple[str, str, str, str, str]]:
+    """Each contender's name, number of samples, median, quartiles, and ratio to the baseline, in words."""
     found = ratios(row)
     for name, samples in row.samples.items():
         low, middle, high = (told(value, row.unit) for value in quartiles(samples))
-        yield name, middle, f"{low} - {high}" if len(samples) > 1 else "exact", str(found.get(name, ""))
+        spread = f"{low} - {high}" if len(samples) > 1 else "exact" if row.unit != "s" else ""
+        yield name, str(len(samples)), middle, spread, str(found.get(name, ""))
 
 
 def rate(row: Row, name: str) -> str:

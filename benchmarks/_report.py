@@ -9,7 +9,6 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-from scipy import stats
 
 from . import _measure as m
 from ._peers import USUAL
@@ -48,9 +47,15 @@ def where(about: dict[str, object]) -> str:
     return f"{machine}; Python {about['python']}, {', '.join(named)}; {str(about['date'])[:10]}"
 
 
+OPEN = "Not decided: the interval of the ratio holds the promise, or the samples are fewer than eight and have none."
+KINDS = (
+    "Medians; ratios are medians of paired ratios, with their 95 % confidence interval. Fewer than eight samples of a\n"
+    "time have none, and decide nothing."
+)
+
+
 def _page(results: list[m.Result], plots: dict[str, list[pathlib.Path]]) -> list[str]:
-    lines = ["# What was measured", ""]
-    lines += ["Medians; ratios are medians of paired ratios, with their 95 % confidence interval.", ""]
+    lines = ["# What was measured", "", KINDS, _runs(results), ""]
     for result in results:
         about = f"`{result.about['command']}` ({result.effort}) on {where(result.about)}"
         lines += [f"## {result.claim}", "", result.statement, "", about]
@@ -60,9 +65,18 @@ def _page(results: list[m.Result], plots: dict[str, list[pathlib.Path]]) -> list
     return lines
 
 
+def _runs(results: list[m.Result]) -> str:
+    """Whether all of it is of one run, which is what makes its numbers comparable."""
+    runs = {(each.about["command"], each.about["commit"], str(each.about["date"])[:10]) for each in results}
+    if len(runs) > 1:
+        return "The claims are of several runs: compare numbers inside a claim, not between claims."
+    command, commit, day = runs.pop()
+    return f"All of one run: `{command}`, of {commit}, on {day}."
+
+
 def _rows(result: m.Result) -> Iterator[str]:
     rated = any(row.work for row in result.rows)
-    heads = ["case", "contender", "median", "quartiles", "ratio", *(["rate"] if rated else []), "verdict"]
+    heads = ["case", "contender", "samples", "median", "quartiles", "ratio", *(["rate"] if rated else []), "verdict"]
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
     for row in result.rows:
@@ -116,7 +130,7 @@ def _grid(found: dict[str, dict[str, tuple[str, str]]], names: list[str]) -> Ite
 
 
 def _why_none(words: str) -> str:
-    return "refuses" if words.startswith("refuses") else "-"
+    return "refuses" if words.startswith("refuses") else "not installed" if words.endswith("not installed") else "-"
 
 
 def drawings(result: m.Result) -> dict[str, Any]:
@@ -163,7 +177,7 @@ def _draw_lines(result: m.Result) -> Any:
                 lines.setdefault(name, []).append((row.x or 0.0, ratio))
         for name, points in lines.items():
             xs, found = zip(*sorted(points, key=lambda point: point[0]), strict=True)
-            spread = [[each.value - each.low for each in found], [each.high - each.value for each in found]]
+            spread = [*zip(*(each.spread for each in found), strict=True)]
             color = {m.OURS: "tab:blue", m.AGAIN: "silver"}.get(name, "tab:orange")
             axes.errorbar(xs, [each.value for each in found], spread, marker="o", capsize=3, label=name, color=color)
         axes.axhline(1, color="black", linewidth=0.8)
@@ -191,13 +205,13 @@ def _draw_bars(result: m.Result) -> Any:
             at += 1
             ticks.append(at)
             names.append(name)
-            spread = [[ratio.value - ratio.low], [ratio.high - ratio.value]]
+            spread = [[each] for each in ratio.spread]
             axes.barh(at, ratio.value, xerr=spread, height=0.8, color="tab:blue" if name == m.OURS else "lightgray")
-            axes.text(ratio.high, at, f" {ratio.value:.2f}", va="center", fontsize=7)
+            axes.text(ratio.value + ratio.spread[1], at, f" {ratio.value:.2f}", va="center", fontsize=7)
         at += 1
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(ticks, names, fontsize=7)
-    wide = max(ratio.high for *_, ratio in bars) > 4
+    wide = max(ratio.value + ratio.spread[1] for *_, ratio in bars) > 4
     axes.set(xlabel=f"time / {rows[0].baseline}", xscale="log" if wide else "linear")
     if wide:
         axes.set_xticks(ROUND, [f"{x:g}" for x in ROUND])
@@ -268,7 +282,7 @@ def readme(text: str, folder: pathlib.Path = RESULTS) -> str:
         ]
     for results in stored:
         kept = "Median ratios of time (memory: of bytes), lowest to highest over the cases"
-        words += ["", f"{kept}, on {where(results[0].about)}:", "", *table(results)]
+        words += ["", f"{kept}, on {where(results[0].about)}:", "", *table(results), "", OPEN]
         if results[0].about["backend"] != "cpu":  # a real network is what an accelerator is bought for
             words += ["", *(line for result in results if result.claim == "throughput" for line in speeds(result))]
     return MARK.sub(lambda match: "\n".join([match[1].rstrip(), *words, "", match[2]]), text)
@@ -283,21 +297,15 @@ def compared(a: pathlib.Path, b: pathlib.Path) -> list[tuple[str, str, str, str,
         for row in after[claim].rows:
             known = old[row.case, row.unit].samples if (row.case, row.unit) in old else {}
             for name in row.samples.keys() & known.keys():
-                ratio = _unpaired(known[name], row.samples[name])
+                ratio = _unpaired(known[name], row.samples[name], row.unit == "s")
                 word = "more" if ratio.low > 1 else "less" if ratio.high < 1 else "the same, or inside the noise"
                 lines.append((claim, f"{row.case} ({row.unit})", name, str(ratio), word))
     return sorted(lines)
 
 
-def _unpaired(before: list[float], after: list[float]) -> m.Ratio:
-    value = float(np.median(after) / np.median(before))
-    if min(len(before), len(after)) < 3:
-        return m.Ratio(value, value, value)
-    found = stats.bootstrap(
-        (before, after),
-        lambda old, new, axis=-1: np.median(new, axis=axis) / np.median(old, axis=axis),
-        n_resamples=1000,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return m.Ratio(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
+def _unpaired(before: list[float], after: list[float], times: bool) -> m.Ratio:
+    def ratio(old: Any, new: Any, axis: int = -1) -> Any:
+        return np.median(new, axis=axis) / np.median(old, axis=axis)
+
+    value = float(ratio(before, after))
+    return m.interval(value, (before, after), ratio) if times else m.Ratio(value, value, value)

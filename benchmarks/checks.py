@@ -26,7 +26,7 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     names = [OFF, *(each for each in wanted if find_spec(each))]
     notes = {each: f"skipped: {each} is not installed" for each in wanted if not find_spec(each)}
     samples: dict[str, dict[str, list[float]]] = {"trace": {}, "dispatch": {}}
-    (most,) = effort.of(smoke=[1], quick=[2], full=[5])
+    (most,) = effort.of(smoke=[1], quick=[2], full=[8])
     for name in in_turn(names, effort, lambda words: None, most):
         tell(f"a process with {name}")
         for what, found in measured(name).items():

@@ -174,17 +174,3 @@ def test_an_unknown_claim_is_an_error() -> None:
     done = run("speed")
     assert done.returncode == 2
     assert "no such claim: speed; there are recompilation, " in done.stderr
-
-
-def test_a_verdict_can_be_each() -> None:
-    from benchmarks._measure import AGAIN, HAND, OURS, Row, ratios, verdict
-
-    def row(ours: Any, again: float = 1.0) -> Row:
-        samples = {HAND: [1.0] * 9, AGAIN: [again] * 9, OURS: ours}
-        return Row("case", "s", samples, bounds={OURS: 1.02})
-
-    assert verdict(row([0.9] * 9)) == "at most 1.02: holds"
-    assert verdict(row([1.5] * 9)) == "at most 1.02: broken"
-    assert "not decided by this run" in verdict(row([0.9, 1.5, 1.0, 1.1, 0.8, 1.2, 1.3, 0.95, 1.01]))
-    assert verdict(row([1.0] * 9)) == "at most 1.02: holds; difference inside the noise"
-    assert str(ratios(row([0.5] * 9))[OURS]) == "0.500"
