@@ -27,7 +27,7 @@ from ._models import Stepper, loss_of
 from ._nets import Layers
 
 GUIDE, TRAIN_STATE, NNX, TREE = "the guide's loop", "TrainState", "nnx.jit", "nnx.jit, tree mode"
-CACHED, EQUINOX, HAIKU = "nnx.cached_partial", "equinox", "haiku"
+CACHED, PARTIAL, EQUINOX, HAIKU = "nnx.cached_partial", "nnx.jit_partial", "equinox", "haiku"
 BEST = ", donated"
 
 Watch = Callable[[Any], Any]
@@ -310,9 +310,9 @@ def has_tree_mode() -> bool:
 
 
 def of_nnx(task: Task, watch: Watch, name: str = NNX, donate: bool = False) -> Peer:
-    """`nnx.jit` over model and optimizer, in tree mode, or with both bound by `nnx.cached_partial`."""
+    """`nnx.jit` over model and optimizer, in tree mode, or with both bound by `cached_partial` or `jit_partial`."""
     any_nnx: Any = nnx
-    mode: Any = {"graph": False} if name == TREE else {}
+    mode: Any = {"graph": False} if name in (TREE, PARTIAL) else {}
     tx = task.make_tx()
     takes_model = "model" in inspect.signature(nnx.Optimizer.update).parameters  # flax 0.11
 
@@ -321,9 +321,7 @@ def of_nnx(task: Task, watch: Watch, name: str = NNX, donate: bool = False) -> P
             return loss_of(model(x, train), y)
 
         loss, grads = any_nnx.value_and_grad(loss_fn, **mode)(model)
-        if (
-            nets.has(task.layers, nets.Sow) and name != TREE
-        ):  # as the documentation of `sow` says: popped, or they pile up
+        if nets.has(task.layers, nets.Sow) and not mode:  # as the documentation of `sow` says: popped, or they pile up
             nnx.pop(model, nets.Sown)
         optimizer.update(model, grads) if takes_model else optimizer.update(grads)
         return loss
@@ -339,11 +337,14 @@ def of_nnx(task: Task, watch: Watch, name: str = NNX, donate: bool = False) -> P
             nnx.update((model, optimizer), jax.device_put(nnx.state((model, optimizer)), sharding))
         return bound(model, optimizer)
 
-    jitted = any_nnx.jit(watch(train_step), **flag(task, donate_argnums=(0, 1) if donate else ()), **mode)
+    both = 0 if name == PARTIAL else (0, 1)  # to `jit_partial`, all that is bound is one argument
+    watched, options = watch(train_step), flag(task, donate_argnums=both if donate else ()) | mode
+    jitted = any_nnx.jit(watched, **options)
 
     def bound(model: Any, optimizer: Any) -> Any:
-        call = any_nnx.cached_partial(jitted, model, optimizer) if name == CACHED else None
-        return call, model, optimizer
+        if name == PARTIAL:
+            return any_nnx.jit_partial(watched, model, optimizer, **options), model, optimizer
+        return any_nnx.cached_partial(jitted, model, optimizer) if name == CACHED else None, model, optimizer
 
     def step(held: Any, batch: Any, **train: bool) -> Any:
         call, model, optimizer = held
@@ -355,7 +356,7 @@ def of_nnx(task: Task, watch: Watch, name: str = NNX, donate: bool = False) -> P
     def restored(held: Any) -> Any:
         _, model, optimizer = held
         nnx.update((model, optimizer), jax.tree.map(np.asarray, nnx.state((model, optimizer))))
-        return bound(model, optimizer)
+        return held if name == PARTIAL else bound(model, optimizer)  # which reads what its variables hold
 
     evaluating = any_nnx.jit(evaluate, **mode)
     return Peer(
@@ -496,6 +497,7 @@ PEERS: Mapping[str, Callable[[Task, Watch], Peer]] = {
     NNX + BEST: _nnx(NNX, True),
     TREE + BEST: _nnx(TREE, True),
     CACHED + BEST: _nnx(CACHED, True),
+    PARTIAL + BEST: _nnx(PARTIAL, True),
     EQUINOX: of_equinox,
     EQUINOX + BEST: _best(of_equinox),
     HAIKU: of_haiku,
@@ -503,8 +505,8 @@ PEERS: Mapping[str, Callable[[Task, Watch], Peer]] = {
 }
 
 
-# One form of each, as it is usually written; cached_partial is NNX's own answer to the cost of nnx.jit.
-USUAL = (OURS, HAND, TRAIN_STATE, NNX, CACHED + BEST, EQUINOX, HAIKU)
+# One form of each, as it is usually written; the partial ones are NNX's own answers to the cost of nnx.jit.
+USUAL = (OURS, HAND, TRAIN_STATE, NNX, CACHED + BEST, PARTIAL + BEST, EQUINOX, HAIKU)
 
 
 def missing() -> dict[str, str]:
@@ -515,6 +517,8 @@ def missing() -> dict[str, str]:
             gone |= dict.fromkeys((name, name + BEST), f"skipped: {package} is not installed")
     if not has_tree_mode():
         gone[TREE + BEST] = f"skipped: flax {flax.__version__} has no tree mode"
+    if not hasattr(nnx, "jit_partial"):
+        gone[PARTIAL + BEST] = f"skipped: flax {flax.__version__} has no nnx.jit_partial"
     return gone
 
 

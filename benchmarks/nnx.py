@@ -17,7 +17,7 @@ import flaxsplit as fs
 from . import _nets as nets
 from ._measure import AGAIN, HAND, OURS, Effort, Row, Run, Tell, timed
 from ._models import Stepper, batch_of, copy, loss_of
-from ._peers import BEST, CACHED, NNX, Task, build, stepper
+from ._peers import BEST, CACHED, NNX, PARTIAL, Task, build, present, stepper
 
 STEPS = 20
 WIDTH = 16
@@ -102,7 +102,7 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     one_level, deep = contenders(flat, nested), contenders(same, same)
     theirs: dict[str, Run] = {
         NNX: stepper(build(NNX + BEST, task), batch, STEPS),
-        CACHED: stepper(build(CACHED + BEST, task), batch, STEPS),
+        **{name: stepper(build(name, task), batch, STEPS) for name in present((CACHED + BEST, PARTIAL + BEST))},
         "flaxsplit, nested dicts": deep[OURS],
     }
     yield timed("dicts of one level", one_level | theirs, effort, tell, per=STEPS, bounds={OURS: 1.05})

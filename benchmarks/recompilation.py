@@ -30,6 +30,7 @@ from ._peers import (
     GUIDE,
     HAIKU,
     NNX,
+    PARTIAL,
     PEERS,
     TRAIN_STATE,
     TREE,
@@ -46,7 +47,7 @@ from ._peers import (
 
 STEPS, DEVICES, WIDTH, MESH = 20, 8, 8, "mesh of 8 devices"
 LINEN = (OURS, HAND, GUIDE, TRAIN_STATE, TRAIN_STATE + BEST)
-NNX_ONES = (NNX, NNX + BEST, TREE + BEST, CACHED + BEST)
+NNX_ONES = (NNX, NNX + BEST, TREE + BEST, CACHED + BEST, PARTIAL + BEST)
 OTHERS = (EQUINOX, EQUINOX + BEST, HAIKU, HAIKU + BEST)
 
 
