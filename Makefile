@@ -75,6 +75,7 @@ gpu:  ## the benchmarks in eight minutes, on the accelerator that is there; inst
 	@echo "make gpu: done"
 
 types: types-once  ## mypy and pyright, both strict, and what they must reject; on the oldest Python too
+	$(BIN)/python tools/types_table.py
 	@python=$$($(PYTHON) tools/newest.py 3.11) || exit; \
 	if [ -z "$$python" ]; then echo "types: no CPython 3.11 found, checked with this one"; exit; fi; \
 	$(MAKE) --no-print-directory types-once PYTHON="$$python" VENV=$(VENV)-types
@@ -83,7 +84,6 @@ types: types-once  ## mypy and pyright, both strict, and what they must reject; 
 # Each checker takes one core: they run beside each other.
 types-once: $(VENV)/.installed-dev $(VENV)/.installed-stubs
 	$(MAKE) --no-print-directory -j 2 --output-sync=target INSTALLED=1 types-mypy types-pyright
-	$(BIN)/python tools/types_table.py
 
 # stubtest needs no list of exceptions; the overlay's check brings its own.
 types-mypy:
