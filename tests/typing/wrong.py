@@ -276,3 +276,11 @@ def wrong_settling(params: Tree, state: Tree, x: Array) -> None:
 def wrong_averages() -> None:
     fs.with_ema(mine, decay=0.9)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
     fs.with_ema(loss_fn, decay=0.9)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+
+
+def wrong_skips(carry: fs.Carry, x: Array) -> None:
+    fs.skip_nonfinite(mine)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+    fs.skip_nonfinite(loss_fn)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+    fs.skip_nonfinite(step)(carry)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    fs.skip_nonfinite(step)(x, (x, x))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fs.skip_nonfinite(step)(carry, (x, x))[1].los  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]

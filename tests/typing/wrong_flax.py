@@ -290,3 +290,11 @@ def wrong_settling(params: Tree, state: Tree, x: Array) -> None:
 def wrong_averages() -> None:
     jax.jit(mine)
     jax.jit(loss_fn)
+
+
+def wrong_skips(train_state: TrainState, x: Array) -> None:
+    jax.jit(mine)
+    jax.jit(loss_fn)
+    keyed(train_state)
+    keyed(x, x, x)
+    keyed(train_state, x, x)[1].los
