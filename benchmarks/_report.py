@@ -55,7 +55,7 @@ KINDS = (
 
 
 def _page(results: list[m.Result], plots: dict[str, list[pathlib.Path]]) -> list[str]:
-    lines = ["# What was measured", "", KINDS, _runs(results), ""]
+    lines = ["# What was measured", "", KINDS, runs_of(results), ""]
     for result in results:
         about = f"`{result.about['command']}` ({result.effort}) on {where(result.about)}"
         lines += [f"## {result.claim}", "", result.statement, "", about]
@@ -65,7 +65,7 @@ def _page(results: list[m.Result], plots: dict[str, list[pathlib.Path]]) -> list
     return lines
 
 
-def _runs(results: list[m.Result]) -> str:
+def runs_of(results: list[m.Result]) -> str:
     """Whether all of it is of one run, which is what makes its numbers comparable."""
     runs = {(each.about["command"], each.about["commit"], str(each.about["date"])[:10]) for each in results}
     if len(runs) > 1:
@@ -126,10 +126,10 @@ def _grid(found: dict[str, dict[str, tuple[str, str]]], names: list[str]) -> Ite
     yield "|---" * (len(names) + 1) + "|"
     for title, row in found.items():
         numbers = [row.get(name, ("", "not run")) for name in names]
-        yield f"| {title} | {' | '.join(number or _why_none(words) for number, words in numbers)} |"
+        yield f"| {title} | {' | '.join(number or why_none(words) for number, words in numbers)} |"
 
 
-def _why_none(words: str) -> str:
+def why_none(words: str) -> str:
     return "refuses" if words.startswith("refuses") else "not installed" if words.endswith("not installed") else "-"
 
 
@@ -232,7 +232,7 @@ def _draw_matrix(result: m.Result) -> Any:
     for i, row in enumerate(found.values()):
         for j, name in enumerate(names):
             number, words = row.get(name, ("", ""))
-            axes.text(j, i, number or {"refuses": "x"}.get(_why_none(words), "-"), ha="center", va="center", fontsize=9)
+            axes.text(j, i, number or {"refuses": "x"}.get(why_none(words), "-"), ha="center", va="center", fontsize=9)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
     axes.set_yticks(range(len(found)), list(found), fontsize=8)
     axes.set_title("compiles over 20 steps (x: refuses, -: has no such thing, pale: as few as possible)", fontsize=9)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from benchmarks._measure import AGAIN, HAND, OURS, Result, Row, contenders, ratios, summary, verdict
-from benchmarks._report import _runs, _why_none
+from benchmarks._report import runs_of, why_none
 
 MIXED = [0.9, 1.5, 1.0, 1.1, 0.8, 1.2, 1.3, 0.95, 1.01]
 ABOUT = {"command": "python -m benchmarks --full", "commit": "abc", "date": "2026-11-26T10:00:00"}
@@ -62,11 +62,11 @@ def test_results_of_several_runs_are_told_apart() -> None:
         return [Result("scan", "", [], "full", about=about) for about in abouts]
 
     later = ABOUT | {"date": "2026-11-26T23:00:00"}
-    assert _runs(results(ABOUT, later)) == "All of one run: `python -m benchmarks --full`, of abc, on 2026-11-26."
+    assert runs_of(results(ABOUT, later)) == "All of one run: `python -m benchmarks --full`, of abc, on 2026-11-26."
     for other in ({"commit": "def"}, {"date": "2026-11-27T00:00:00"}, {"command": "python -m benchmarks scan --full"}):
-        assert _runs(results(ABOUT, ABOUT | other)).startswith("The claims are of several runs")
+        assert runs_of(results(ABOUT, ABOUT | other)).startswith("The claims are of several runs")
 
 
 def test_what_is_missing_is_not_what_refuses() -> None:
     words = ("refuses a batch of another shape", "skipped: equinox is not installed", "has no such thing")
-    assert [_why_none(each) for each in words] == ["refuses", "not installed", "-"]
+    assert [why_none(each) for each in words] == ["refuses", "not installed", "-"]
