@@ -181,27 +181,27 @@ def interval(value: float, samples: tuple[Any, ...], statistic: Callable[..., An
 HOLDS, BROKEN, OPEN = "holds", "broken", "not decided"
 
 
-def verdicts(row: Row) -> dict[str, str]:
+def _verdicts(row: Row, found: Mapping[str, Ratio]) -> dict[str, str]:
     """Whether each bounded contender keeps to its bound; where the interval holds the bound, that is not decided."""
-    found = ratios(row)
-    return {name: _verdict(found[name], bound, _inside(row)) for name, bound in row.bounds.items() if name in found}
+    inside = _inside(found)
+    return {name: _verdict(found[name], bound, inside) for name, bound in row.bounds.items() if name in found}
 
 
 def _verdict(ratio: Ratio, bound: float, inside: bool) -> str:
     return HOLDS if ratio.high <= bound else BROKEN if ratio.low > bound and not inside else OPEN
 
 
-def _inside(row: Row) -> bool:
+def _inside(found: Mapping[str, Ratio]) -> bool:
     """Whether flaxsplit differs from the baseline by less than the baseline from itself."""
-    found = ratios(row)
     noise, ours = found.get(AGAIN), found.get(OURS)
     return bool(noise and ours and max(noise.low, ours.low) <= min(noise.high, ours.high) < math.inf)
 
 
 def verdict(row: Row) -> str:
     """The verdicts on a row in words."""
-    said = [f"at most {row.bounds[name]:g}: {word}" for name, word in verdicts(row).items()]
-    return "; ".join([*said, *(["difference inside the noise"] if said and _inside(row) else [])])
+    found = ratios(row)
+    said = [f"at most {row.bounds[name]:g}: {word}" for name, word in _verdicts(row, found).items()]
+    return "; ".join([*said, *(["difference inside the noise"] if said and _inside(found) else [])])
 
 
 SUMMARY = ("claim", "promised", "measured", "the baseline against itself", "cases", "verdict")
@@ -215,7 +215,7 @@ def summary(results: Iterable[Result]) -> Iterator[tuple[str, ...]]:
             ours = [found[name] for row, found in bounded for name in row.bounds]
             noise = [found[AGAIN] for _, found in bounded if AGAIN in found]
             bounds = {f"at most {bound:.2f} of {row.baseline}" for row, _ in bounded for bound in row.bounds.values()}
-            said = Counter(word for row, _ in bounded for word in verdicts(row).values())
+            said = Counter(word for row, found in bounded for word in _verdicts(row, found).values())
             told = ", ".join(f"{word} in {said[word]}" for word in (HOLDS, BROKEN, OPEN) if said[word])
             words = told if len(said) > 1 else next(iter(said))
             yield result.claim, ", ".join(sorted(bounds)), _span(ours), _span(noise), str(len(ours)), words
