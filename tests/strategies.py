@@ -48,7 +48,7 @@ class Budget:
 
     def __init__(self, name: str, least: int = 3) -> None:
         self.name, self.least, self.tried, self.failed = name, least, 0, False
-        self.seconds = float(os.environ.get("FUZZ_SECONDS", 4))
+        self.seconds = float(os.environ.get("FUZZ_SECONDS", 8))
         self.started = self.said = time.monotonic()
 
     def next(self) -> None:

@@ -97,7 +97,8 @@ def test_law_9_a_step_equals_flaxs_train_state_bit_for_bit(norm: bool, scan: boo
         losses.append(expected)
     if scan:
         carry, found = many(carry, jax.tree.map(lambda leaf: jnp.stack([leaf] * 100), (X, Y)))
-        np.testing.assert_allclose(found, jnp.stack(losses), rtol=1e-6)  # a mean is fused otherwise inside a loop
+        rtol = 2e-7 if jax.__version_info__ >= (0, 7) else 4e-7
+        np.testing.assert_allclose(found, jnp.stack(losses), rtol=rtol)  # a mean is fused otherwise inside a loop
     else:
         for expected in losses:
             carry, loss = many(carry, (X, Y))
