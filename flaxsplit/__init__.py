@@ -7,6 +7,7 @@ from ._adopt import adopt_carry as adopt_carry
 from ._carry import init_carry as init_carry
 from ._ema import with_ema as with_ema
 from ._errors import CollectionError as CollectionError
+from ._errors import DroppedStateWarning as DroppedStateWarning
 from ._errors import RetraceError as RetraceError
 from ._errors import SignatureError as SignatureError
 from ._errors import StateDriftError as StateDriftError

@@ -1,13 +1,16 @@
 """How flaxsplit speaks of failure: classes, one anatomy for every message, and rows of words apart from the code."""
 
+import contextlib
 import dataclasses
 import string
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextvars import ContextVar
 from typing import Any, NoReturn, Self
 
 import jax
 
+from ._caller import Line
 from ._describe import describe, keyed_leaves, kind_of, shorten
 
 
@@ -59,6 +62,10 @@ class RetraceError(Explained, RuntimeError):
 
 class UntouchedStateWarning(Explained, UserWarning):
     """Collections were mutable and no leaf of any was written."""
+
+
+class DroppedStateWarning(Explained, UserWarning):
+    """A loss function lost an update of its state, or a key was drawn from twice. Given while tracing."""
 
 
 for _class in list(Explained.__subclasses__()):
@@ -133,10 +140,24 @@ class Guess:
         """Raises in place of another library's error, which stays its cause."""
         raise self(*args, **values) from error
 
-    def warn(self, *args: Any, stacklevel: int) -> None:
-        """Warns, where what it explains is a warning; `stacklevel` as for `warnings.warn`, counted by the caller."""
+    def warn(self, *args: Any, at: Line) -> None:
+        """Warns, where what it explains is a warning, of a line of the user's own code."""
         warning: Any = self(*args)
-        warnings.warn(warning, stacklevel=stacklevel + 1)
+        if not _SILENT.get():
+            warnings.warn_explicit(warning, type(warning), *at)
+
+
+_SILENT: ContextVar[bool] = ContextVar("flaxsplit_silent", default=False)
+
+
+@contextlib.contextmanager
+def silent() -> Generator[None]:
+    """Gives none of our warnings: around a call that is traced once more, only to be looked at."""
+    token = _SILENT.set(True)
+    try:
+        yield
+    finally:
+        _SILENT.reset(token)
 
 
 def said(value: Any) -> str:

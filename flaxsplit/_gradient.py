@@ -11,6 +11,8 @@ from ._axes import averaged, check_bound, devices_along, unsynced, varying
 from ._checks import check_count, checked, is_function, is_inexact
 from ._describe import describe, is_array, keyed_leaves, wraps
 from ._drift import check_drift
+from ._linear import noted, watched
+from ._lost import warn_of_lost
 from ._refusals.improve import (
     ARGUMENTS,
     HALVES,
@@ -92,6 +94,7 @@ def value_and_grad(
     objective = _objective(loss_fn, has_aux, axis_name)
 
     @wraps(loss_fn)
+    @noted
     def grad_fn(params: Any, state: Tree, batch: Any, *args: Any, **kwargs: Any) -> tuple[Any, State]:
         _check_call(params, state, axis_name)
         # differentiated per device, so that the mean below is the only reduction
@@ -131,11 +134,12 @@ def _objective(loss_fn: Any, has_aux: bool, axis_name: AxisName | None) -> Calla
         params, overwritten = learned
         given = (params, {**state, **overwritten}, *args)
         try:
-            result = loss_fn(*given, **kwargs)
+            result, calls = watched(loss_fn, given, kwargs)
         except TypeError as error:
             ARGUMENTS.instead_of(error, error, loss_fn, given, kwargs)
         MISRETURNED.unless(_is_returned(result, has_aux), result, has_aux, params)
         out, new_state = result
+        warn_of_lost(calls, out, new_state)
         new_state = check_drift("value_and_grad(loss_fn)", "state", state, new_state)
         new_state = {**new_state, **{name: state[name] for name in overwritten}}  # the gradient is what comes next
         differ = (f"{path}: differs per device" for path in unsynced(state, new_state, axis_name))

@@ -9,8 +9,10 @@ import flax.linen as nn
 import jax
 from flax import core, errors
 
+from ._caller import caller
 from ._checks import checked, two_of
 from ._describe import plain, same_leaves, wraps
+from ._linear import noted
 from ._refusals.apply import (
     ARGUMENTS,
     AT_CALL,
@@ -123,6 +125,7 @@ def with_mutable(
     captured = (capture,) if isinstance(capture, str) else tuple(capture)
 
     @wraps(*_signed(fn, method))
+    @noted
     def stateful(params: AnyParams, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
         check_halves("with_mutable(fn)", params, state)
         AT_CALL.unless("mutable" not in kwargs, "mutable= in the call")
@@ -188,7 +191,7 @@ def _warn_untouched(names: Sequence[str], before: Tree, after: Tree) -> None:
     """Flax hands an unwritten leaf back as the very same object, eagerly and while tracing, so identity decides."""
     old, new = ([tree[name] for name in names] for tree in (before, after))
     if jax.tree.leaves(old) and same_leaves(old, new):
-        UNTOUCHED.warn(names, stacklevel=3)
+        UNTOUCHED.warn(names, at=caller())
 
 
 def _sown(captured: tuple[str, ...], updated: Mapping[str, Any]) -> Captured:

@@ -10,12 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.extend.core import Literal
 
 from ._checks import checked
 from ._describe import ABSENT, Difference, describe, is_array, kind_of, wraps
 from ._errors import CollectionError, SignatureError, StateDriftError
 from ._filters import choose
+from ._jaxprs import source
+from ._linear import noted
 from ._mutable import HIDDEN
 from ._paths import Path, flatten, joined, keyed, unflatten
 from ._refusals.nnx import METHOD, WITHOUT_VALUE
@@ -121,6 +122,7 @@ def from_nnx(
     call = type(module).__call__ if method is None else getattr(method, "__func__", method)  # bound: brings its module
 
     @wraps(call, ("params", "state"), 1)
+    @noted
     def stateful(params: AnyParams, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
         check_halves("from_nnx(module)", params, state)
         found = _found("fn(params, state, *args)", slots, params, state)
@@ -383,7 +385,7 @@ def _check_unwritten(run: Any, found: Mapping[Path, Any], new_leaves: list[Any])
     with jax.disable_jit(False):  # unrolled, a scan of layers would stack its params anew
         jaxpr = jax.make_jaxpr(lambda leaves: run(leaves)[0])([*found.values()]).jaxpr
     pairs = zip(found, jaxpr.invars, jaxpr.outvars, strict=True)
-    written = [path for path, old, new in pairs if path[0] == "params" and _source(jaxpr, new) is not old]
+    written = [path for path, old, new in pairs if path[0] == "params" and source(jaxpr, new) is not old]
     if written:
         raise CollectionError(
             "from_nnx(trainable=...)",
@@ -392,22 +394,6 @@ def _check_unwritten(run: Any, found: Mapping[Path, Any], new_leaves: list[Any])
             "the module keeps in a param what it computes, or the filter chooses more than params",
             f"trainable=nnx.All(nnx.Param, nnx.Not(nnx.PathContains({written[0][-1]!r}))), so that it is state",
         )
-
-
-def _source(jaxpr: Any, var: Any) -> Any:
-    """Follows a result back through calls that only hand it on; gives the input that it is, if it is one."""
-    made = {each: eqn for eqn in jaxpr.eqns for each in eqn.outvars}
-    while not isinstance(var, Literal) and var in made:
-        eqn = made[var]
-        called = eqn.params.get("jaxpr")
-        inner: Any = getattr(called, "jaxpr", called)  # closed in nnx.jit, open in nnx.remat
-        if inner is None:
-            return None
-        source = _source(inner, inner.outvars[eqn.outvars.index(var)])
-        if source not in inner.invars:
-            return None
-        var = eqn.invars[inner.invars.index(source)]
-    return None if isinstance(var, Literal) else var
 
 
 def _check_module(where: str, module: Any) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ._axes import check_bound
 from ._checks import checked, is_function
 from ._describe import describe, is_array, wraps
+from ._linear import noted
 from ._refusals.run import KEYS, NO_KEYS, NO_RNGS, OWN_RNGS, RNGS_FN
 from ._split import check_halves
 from ._types import AxisName, PRNGKey, State, StatefulT, Tree
@@ -79,6 +80,7 @@ def with_rngs(fn: StatefulT, *, axis_name: AxisName | None = None) -> StatefulT:
     RNGS_FN.unless(is_function(fn), fn=fn)
 
     @wraps(fn)
+    @noted
     def stateful(params: Tree, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
         check_halves("with_rngs(fn)", params, state)
         _check_rngs(state, kwargs)

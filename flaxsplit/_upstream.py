@@ -12,6 +12,15 @@ from flax import core
 reshard: Any = getattr(jax.sharding, "reshard", None) or importlib.import_module("jax.experimental.shard").reshard
 """Of jax < 0.7 in another place."""
 
+_CORES = [importlib.import_module(name) for name in ("jax.extend.core", "jax.core")]
+_trace_state: Any = next(each.get_opaque_trace_state for each in _CORES if hasattr(each, "get_opaque_trace_state"))
+"""Of jax < 0.7 in another place too."""
+
+
+def current_trace() -> Any:
+    """What tells one trace from another; Flax asks for it too."""
+    return _trace_state(convention="flax")
+
 
 def is_about_out_axes(error: ValueError) -> bool:
     """Whether `jax.vmap` refuses an output that is mapped. An error class of its own would replace this."""

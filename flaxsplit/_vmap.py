@@ -11,6 +11,7 @@ from ._axes import check_axis_name, is_bound
 from ._checks import check_count, checked, is_function, two_of
 from ._describe import keyed_leaves, same_leaves, wraps
 from ._lanes import axes_by_argument, axes_by_collection, lane_count, lane_keys
+from ._linear import noted
 from ._refusals.apply import RNGS
 from ._refusals.lanes import BOUND, COLLECTIONS, FORM, SPLIT_RNGS, STATE_AXES, UNSYNCED, VMAP_FN
 from ._rngs import are_keys, draw
@@ -70,6 +71,7 @@ def vmap_stateful(
     _check_options(axis_name, state_axes, split_rngs, axis_size, spmd_axis_name)
 
     @wraps(fn)
+    @noted
     def mapped(params: Tree, state: Tree, /, *args: Any, rngs: Any = None, **kwargs: Any) -> tuple[Any, State]:
         check_halves("vmap_stateful(fn)", params, state)
         BOUND.unless(not is_bound(axis_name), axis_name)

@@ -308,9 +308,10 @@ def test_two_networks_that_write_each_others_statistics() -> None:
         return jnp.tile(out, (1, 10)), state
 
     def judge_loss(params: Any, state: Any, batch: Any, other: Any, key: Any) -> Any:
-        images, made = fake(other.params, state["other"], key)
-        real, own = judged(params, state["own"], batch, rngs={"dropout": key})
-        false, own = judged(params, own, images, rngs={"dropout": key})
+        making, *judging = jax.random.split(key, 3)
+        images, made = fake(other.params, state["other"], making)
+        real, own = judged(params, state["own"], batch, rngs={"dropout": judging[0]})
+        false, own = judged(params, own, images, rngs={"dropout": judging[1]})
         return (nn.softplus(-real) + nn.softplus(false)).mean(), {"own": own, "other": made}
 
     def step(carries: Any, batch: Any, key: Any) -> Any:
@@ -324,13 +325,14 @@ def test_two_networks_that_write_each_others_statistics() -> None:
         gen, jud = carries
 
         def loss(params: Any) -> Any:
-            def net(params: Any, state: Any, x: Any) -> Any:
+            def net(params: Any, state: Any, x: Any, key: Any) -> Any:
                 variables = {"params": params, **state}
                 return Net().apply(variables, x, mutable=["batch_stats"], rngs={"dropout": key})
 
-            out, made = net(gen.params, gen.state, noise)
-            real, own = net(params, jud.state, batch)
-            false, own = net(params, own, jnp.tile(out, (1, 10)))
+            keys = jax.random.split(key, 3)
+            out, made = net(gen.params, gen.state, noise, keys[0])
+            real, own = net(params, jud.state, batch, keys[1])
+            false, own = net(params, own, jnp.tile(out, (1, 10)), keys[2])
             return (nn.softplus(-real) + nn.softplus(false)).mean(), (own, made)
 
         (value, (own, made)), grads = jax.value_and_grad(loss, has_aux=True)(jud.params)

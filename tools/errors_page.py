@@ -27,6 +27,7 @@ CLASSES = (
     fs.UnsyncedStateError,
     fs.RetraceError,
     fs.UntouchedStateWarning,
+    fs.DroppedStateWarning,
 )
 
 

@@ -83,7 +83,7 @@ def main() -> None:
     carry = init(key, image, tokens)
     before = recall(carry, image, tokens)
     step = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(loss_fn, tx)))
-    for _ in range(300):
+    for _ in range(500):
         carry, _ = step(carry, (image, tokens))
     after = recall(carry, image, tokens)
     assert after > 0.9 > before

@@ -134,6 +134,7 @@ for error in (
     fs.UnsyncedStateError("", "", [], "", ""),
     fs.RetraceError("", "", [], "", ""),
     fs.UntouchedStateWarning("", "", [], "", ""),
+    fs.DroppedStateWarning("", "", [], "", ""),
 ):
     assert_type(error.leaves, tuple[str, ...])
 

@@ -1,0 +1,480 @@
+"""State is linear: an update that a loss loses and a key that it draws from twice are told, and nothing else is."""
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import flaxsplit as fs
+from flaxsplit import _linear
+
+from . import strategies as some
+from .drawn_models import BatchNorm, Dropout, Model, Remember
+from .flags import needs_jit
+from .models import Dropping
+from .test_fuzz import applied, error
+from .test_messages import whole
+
+X = jax.random.normal(jax.random.key(0), (8, 3), jnp.float32)
+TX = optax.sgd(0.1)
+KEY = jax.random.key(3)
+ON_PURPOSE = "; or, to lose an update on purpose, fn(params, jax.tree.map(jnp.copy, state), x)"
+KEYS = {"rngs", "rng_counts"}
+
+
+class Both(nnx.Module):
+    """Statistics and dropout, in NNX."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0, dropout=1)
+        self.norm, self.drop = nnx.BatchNorm(3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x: Any, train: bool = True) -> Any:
+        """Normalizes and drops."""
+        return self.drop(self.norm(x, use_running_average=not train), deterministic=not train)
+
+
+class Layers(nn.Module):
+    """Layers under `nn.scan`, which hands on as another object what no layer wrote."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool = True) -> Any:
+        """Runs three of them."""
+        variables = {"params": 0, "batch_stats": 0}
+        axes: Any = {"variable_axes": variables, "split_rngs": {"params": True, "dropout": True}, "length": 3}
+        layer = nn.remat(Layer)
+        return nn.scan(lambda layer, x, _: (layer(x), None), **axes)(layer(train), x, None)[0]
+
+
+class Layer(nn.Module):
+    """One of them."""
+
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        """Normalizes and drops."""
+        return nn.Dropout(0.5, deterministic=not self.train)(nn.BatchNorm(not self.train)(x))
+
+
+def linen(model: nn.Module, wrap: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
+    """A stateful function with its params and state."""
+    variables = model.init({"params": KEY, "dropout": KEY}, X, train=False)
+    params, state = fs.split_params(variables)
+    return wrap(fs.with_mutable(model)), params, state | fs.rng_state(dropout=KEY)
+
+
+FUNCTIONS = {
+    "with_rngs": linen(Dropping(None), fs.with_rngs),
+    "vmap_stateful": linen(Dropping(), lambda fn: fs.with_rngs(fs.vmap_stateful(fn))),
+    "inside": linen(Dropping(), lambda fn: fs.vmap_stateful(fs.with_rngs(fn))),
+    "layers": linen(Layers(), fs.with_rngs),
+    "from_nnx": fs.from_nnx(Both()),
+}
+Loss = Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+def twice(fn: Any, mistake: str = "none") -> Loss:
+    """A loss that calls a model twice, rightly or with a mistake."""
+
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        one, first = fn(params, state, batch)
+        two, second = fn(params, state if mistake == "forked" else first, batch + 1)
+        keys = {name: tree for name, tree in first.items() if name in KEYS}
+        returned = {"none": second, "forked": second, "keys": second | keys, "stale": first, "dropped": state}
+        return ((one - two) ** 2).mean(), returned[mistake]
+
+    return loss_fn
+
+
+def told(run: Callable[[], object]) -> list[Any]:
+    """The warnings of a run."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [each.message for each in caught]
+
+
+def stepped(loss_fn: Loss, params: Any, state: Any, **options: Any) -> Callable[[], object]:
+    """Traces a step."""
+    carry = fs.init_carry(params, state, TX)
+    return lambda: jax.eval_shape(fs.with_optimizer(loss_fn, TX, **options), carry, X)
+
+
+def in_parts(loss_fn: Loss, params: Any, state: Any) -> Callable[[], object]:
+    """With microbatches."""
+    return stepped(loss_fn, params, state, microbatches=2)
+
+
+def scanned(loss_fn: Loss, params: Any, state: Any) -> Callable[[], object]:
+    """Several steps in one program, guarded and averaged."""
+    step = fs.scan_steps(fs.with_ema(fs.skip_nonfinite(fs.with_optimizer(loss_fn, TX)), decay=0.9))
+    carry = fs.init_carry(params, state | {"ema": params}, TX)
+    return lambda: jax.eval_shape(step, carry, jnp.stack([X, X]))
+
+
+def eager(loss_fn: Loss, params: Any, state: Any) -> Callable[[], object]:
+    """Not traced at all."""
+    return lambda: fs.value_and_grad(loss_fn)(params, state, X)
+
+
+def per_example(loss_fn: Loss, params: Any, state: Any) -> Callable[[], object]:
+    """Each example's own gradients."""
+    grads_of = fs.vmap_stateful(fs.value_and_grad(loss_fn), axis_name=None, in_axes=None, axis_size=2, split_rngs=False)
+    return lambda: jax.eval_shape(grads_of, params, state, X)
+
+
+WAYS = {"step": stepped, "microbatches": in_parts, "scan": scanned, "eager": eager, "examples": per_example}
+
+WAY = pytest.mark.parametrize("way", WAYS)
+FUNCTION = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+@WAY
+@FUNCTION
+def test_a_right_program_is_silent(name: str, way: str) -> None:
+    fn, params, state = FUNCTIONS[name]
+    assert told(WAYS[way](twice(fn), params, state)) == []
+
+
+@WAY
+@FUNCTION
+@pytest.mark.parametrize("mistake", ["dropped", "stale", "keys", "forked"])
+def test_each_mistake_is_told_once_with_every_leaf(name: str, way: str, mistake: str) -> None:
+    fn, params, state = FUNCTIONS[name]
+    (warning,) = told(WAYS[way](twice(fn, mistake), params, state))
+    assert isinstance(warning, fs.DroppedStateWarning)
+    moved = {line.split(":")[0] for line in warning.leaves}
+    after = fn(params, state, X)[1]
+    changed = [
+        f"state{jax.tree_util.keystr(path)}"
+        for (path, leaf), new in zip(
+            jax.tree_util.tree_flatten_with_path(state)[0], jax.tree.leaves(after), strict=True
+        )
+        if leaf is not new and (mistake != "keys" or path[0].key in KEYS)
+    ]
+    assert moved == {*changed}
+    assert ("which is kept" in warning.leaves[0]) == (mistake == "forked")
+
+
+def test_devices_of_a_mesh() -> None:
+    fn, params, state = linen(Dropping("data"), lambda fn: fs.with_rngs(fn, axis_name="data"))
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+
+    def run(mistake: str) -> Any:
+        step = fs.with_optimizer(twice(fn, mistake), TX, axis_name="data")
+        each: Any = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()))
+        return told(lambda: jax.eval_shape(each, fs.init_carry(params, state, TX), X))
+
+    assert [len(run(mistake)) for mistake in ("none", "dropped", "stale", "keys", "forked")] == [0, 1, 1, 1, 1]
+
+
+# Silent, where it is meant
+
+
+FN, PARAMS, STATE = FUNCTIONS["with_rngs"]
+READ = fs.with_mutable(Dropping(None), mutable=False)
+BY_HAND: Any = fs.with_mutable(Dropping(None))
+OWN = {name: tree for name, tree in STATE.items() if name != "rngs"}
+
+
+def branches(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """Each branch calls; one of them runs."""
+    out, state = jax.lax.cond(batch.sum() > 0, lambda: FN(params, state, batch), lambda: FN(params, state, -batch))
+    return out.mean(), state
+
+
+def checkpointed(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """Forward is traced again for the backward pass."""
+    out, state = jax.checkpoint(FN)(params, state, batch)
+    return out.mean(), state
+
+
+def copied(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """A call whose new state is dropped on purpose, as the page says it."""
+    rival, _ = FN(params, jax.tree.map(jnp.copy, state), batch + 1)
+    out, state = FN(params, state, batch)
+    return ((out - rival) ** 2).mean(), state
+
+
+def read(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """A call that only reads beside one that writes."""
+    teacher, _ = READ(params, state, batch, train=False)
+    out, state = FN(params, state, batch)
+    return ((out - teacher) ** 2).mean(), state
+
+
+def evaluated(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """A call that is given the same keys, and draws from none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fs.UntouchedStateWarning)
+        teacher, _ = FN(params, state, batch, train=False)
+        out, state = FN(params, state, batch)
+    return ((out - teacher) ** 2).mean(), state
+
+
+def averaged(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """Two views of one state, joined again."""
+    one, left = BY_HAND(params, state, batch, rngs={"dropout": KEY})
+    two, right = BY_HAND(params, state, batch + 1, rngs={"dropout": jax.random.fold_in(KEY, 1)})
+    return ((one - two) ** 2).mean(), jax.tree.map(lambda a, b: (a + b) / 2, left, right)
+
+
+def handed_out(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """What was written is in aux."""
+    out, new_state = BY_HAND(params, state, batch, rngs={"dropout": KEY})
+    return (out.mean(), new_state["batch_stats"]), state
+
+
+def another_models(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """The state of a rival, which is a closure or a further argument, is not this loss's to carry."""
+    rival, _ = FN(PARAMS, STATE, batch)
+    again, _ = FN(PARAMS, STATE | fs.rng_state(dropout=jax.random.key(9)), batch)
+    out, state = FN(params, state, batch)
+    return ((out - rival) ** 2).mean() + again.mean(), state
+
+
+MEANT = {fn.__name__: fn for fn in (branches, checkpointed, copied, read, evaluated, another_models)}
+MEANT_BY_HAND = {fn.__name__: fn for fn in (averaged, handed_out)}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_what_is_meant_is_silent(name: str) -> None:
+    assert told(stepped(MEANT[name], PARAMS, STATE)) == []
+
+
+@pytest.mark.parametrize("name", MEANT_BY_HAND)
+def test_what_is_joined_or_handed_out_is_silent(name: str) -> None:
+    assert told(stepped(MEANT_BY_HAND[name], PARAMS, OWN, has_aux=name == "handed_out")) == []
+
+
+@pytest.mark.parametrize("name", ["layers", "from_nnx"])
+def test_layers_that_hand_on_what_they_did_not_write_are_not_blamed(name: str) -> None:
+    fn, params, state = FUNCTIONS[name]
+
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fs.UntouchedStateWarning)
+            before, _ = fn(params, state, batch, train=False)
+            out, state = fn(params, state, batch)
+        return ((out - before) ** 2).mean(), state
+
+    assert told(stepped(loss_fn, params, state)) == []
+
+
+@needs_jit
+def test_a_line_search_evaluates_the_loss_again_in_silence() -> None:
+    tx = optax.lbfgs()
+    carry = fs.init_carry(PARAMS, STATE, tx)
+    assert told(lambda: jax.eval_shape(fs.with_optimizer(twice(FN), tx), carry, X)) == []
+
+
+def test_a_copy_costs_nothing() -> None:
+    def dropped(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        rival, _ = FN(params, state, batch + 1)
+        out, state = FN(params, state, batch)
+        return ((out - rival) ** 2).mean(), state
+
+    def hlo(loss_fn: Loss) -> str:
+        step = fs.jit_step(fs.with_optimizer(loss_fn, TX), donate=False)
+        text: str = step.lower(fs.init_carry(PARAMS, STATE, TX), X).as_text()
+        return text
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fs.DroppedStateWarning)
+        assert hlo(copied).replace("copied", "dropped") == hlo(dropped)
+
+
+# Keys by hand
+
+
+def by_hand(other: Any, **options: Any) -> Callable[[], object]:
+    """A loss of two calls, the second with other keys or options."""
+
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        key = jax.random.fold_in(KEY, batch.sum().astype(jnp.int32))
+        one, state = BY_HAND(params, state, batch, rngs={"dropout": key})
+        two, state = BY_HAND(params, state, batch, rngs={"dropout": other(key)}, **options)
+        return ((one - two) ** 2).mean(), state
+
+    return stepped(loss_fn, PARAMS, OWN)
+
+
+@pytest.mark.filterwarnings("ignore::flaxsplit.UntouchedStateWarning")
+def test_one_key_for_two_calls() -> None:
+    (warning,) = told(by_hand(lambda key: key))
+    (leaf,) = warning.leaves
+    assert leaf.startswith("rngs['dropout']: drawn from by Dropping at test_linear.py:")
+    assert told(by_hand(lambda key: jax.random.split(key)[0])) == []
+    untouched = told(by_hand(lambda key: key, train=False))
+    assert {type(each) for each in untouched} == {fs.UntouchedStateWarning}
+
+
+# What it says
+
+
+def dropping(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """Throws the new state away."""
+    out, _ = FN(params, state, batch)
+    return out.mean(), state
+
+
+def forking(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """Gives two calls the same state."""
+    first, _ = FN(params, state, batch)
+    second, state = FN(params, state, batch + 1)
+    return ((first - second) ** 2).mean(), state
+
+
+def line_in(fn: Any, offset: int) -> str:
+    """Where a line of a function stands."""
+    return f"test_linear.py:{fn.__code__.co_firstlineno + offset}"
+
+
+def test_an_update_thrown_away() -> None:
+    (warning,) = told(stepped(dropping, PARAMS, STATE))
+    at = line_in(dropping, 2)
+    assert str(warning) == whole(
+        f"""
+        value_and_grad(loss_fn): the loss must return the state that its last call gave
+          got:
+            state['batch_stats']['BatchNorm_0']['mean']: written by Dropping at {at}, returned as it was before
+            state['batch_stats']['BatchNorm_0']['var']: written by Dropping at {at}, returned as it was before
+            state['rngs']['dropout']: drawn from by Dropping at {at}, returned as it was before
+          likely cause: the new state of the call was thrown away (`out, _ = fn(...)`), or the old one was returned
+          fix: out, state = fn(params, state, x); return loss, state{ON_PURPOSE}
+        """
+    )
+
+
+def test_one_state_for_two_calls() -> None:
+    (warning,) = told(stepped(forking, PARAMS, STATE))
+    lost, kept = line_in(forking, 2), line_in(forking, 3)
+    also = f"and by Dropping at {kept}, which is kept"
+    assert str(warning) == whole(
+        f"""
+        value_and_grad(loss_fn): each call must be given the state that the call before it gave
+          got:
+            state['batch_stats']['BatchNorm_0']['mean']: written by Dropping at {lost}, {also}
+            state['batch_stats']['BatchNorm_0']['var']: written by Dropping at {lost}, {also}
+            state['rngs']['dropout']: drawn from by Dropping at {lost}, {also}
+          likely cause: two calls were given the same state, so that one update is lost and both draw the same masks
+          fix: first, state = fn(params, state, x); second, state = fn(params, state, y){ON_PURPOSE}
+        """
+    )
+
+
+def test_one_key_by_hand_for_two_calls() -> None:
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        rngs = {"dropout": KEY}
+        one, state = BY_HAND(params, state, batch, rngs=rngs)
+        two, state = BY_HAND(params, state, batch, rngs=rngs)
+        return ((one - two) ** 2).mean(), state
+
+    (warning,) = told(stepped(loss_fn, PARAMS, OWN))
+    one, two = line_in(loss_fn, 2), line_in(loss_fn, 3)
+    assert str(warning) == whole(
+        f"""
+        value_and_grad(loss_fn): no key may be drawn from twice
+          got:
+            rngs['dropout']: drawn from by Dropping at {one}, and by Dropping at {two}
+          likely cause: two calls were given the same rngs, so that their masks are the same
+          fix: key, other = jax.random.split(key), one for each call; or with_rngs(fn), which draws anew at each call
+        """
+    )
+
+
+def test_it_points_at_the_users_own_line_and_is_shown_once_for_each() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            stepped(dropping, PARAMS, STATE)()
+            stepped(forking, PARAMS, STATE)()
+    assert [each.filename for each in caught] == [__file__] * 2
+    first = [fn.__code__.co_firstlineno for fn in (dropping, forking)]
+    assert [each.lineno for each in caught] == [line + 2 for line in first]
+
+
+# Nothing stays behind
+
+
+def test_an_exception_in_a_loss_leaves_nothing() -> None:
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        FN(params, state, batch)
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        stepped(loss_fn, PARAMS, STATE)()
+    assert _linear._WATCH.get() is None  # pyright: ignore[reportPrivateUsage]
+    assert told(lambda: FN(PARAMS, STATE, X)) == []
+
+
+def test_another_thread_is_another_loss() -> None:
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        thread = threading.Thread(target=lambda: FN(PARAMS, STATE, X))
+        thread.start()
+        thread.join()
+        out, state = FN(params, state, batch)
+        return out.mean(), state
+
+    assert told(stepped(loss_fn, PARAMS, STATE)) == []
+
+
+def test_no_tracer_leaks() -> None:
+    with jax.checking_leaks():
+        stepped(branches, PARAMS, STATE)()
+        assert len(told(stepped(forking, PARAMS, STATE))) == 1
+
+
+def test_a_right_loss_is_traced_once_and_a_wrong_one_twice() -> None:
+    counts: list[str] = []
+
+    class Counted(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, name: str) -> Any:
+            counts.append(name)
+            return nn.BatchNorm(use_running_average=False)(x)
+
+    fn = fs.with_mutable(Counted())
+    params, state = fs.split_params(Counted().init(KEY, X, "init"))
+    counts.clear()
+
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        _, state = fn(params, state, batch, "right")
+        out, _ = fn(params, state, batch, "wrong")
+        return out.mean(), state
+
+    assert len(told(stepped(loss_fn, params, state))) == 1
+    assert counts == ["right", "wrong", "wrong"]
+
+
+# Drawn
+
+
+@some.fuzzed(model=some.models(), data=st.data(), mistake=st.sampled_from(["none", "dropped", "stale", "forked"]))
+def test_each_planted_mistake_is_found(model: Model, data: st.DataObject, mistake: str) -> None:
+    """Over every layer and stack; a model that keeps nothing and draws nothing has nothing to lose."""
+    stack = data.draw(some.stacks(model, microbatches=[1, 2]))
+    fn, (params, state) = applied(model, stack), model.halves()
+
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        one, first = fn(params, state, batch[0])
+        two, second = fn(params, state if mistake == "forked" else first, batch[0])
+        loss = error(model, one, batch[1]) + error(model, two, batch[1])
+        return loss, {"none": second, "forked": second, "stale": first, "dropped": state}[mistake]
+
+    step = fs.with_optimizer(loss_fn, TX, microbatches=stack.microbatches)
+    carry = fs.init_carry(params, state, TX)
+    warned = told(lambda: jax.eval_shape(step, carry, model.batch(0)))
+    keeps = model.has(BatchNorm) or model.has(Remember) or model.has(Dropout) or model.cached
+    assert [type(each) for each in warned] == [fs.DroppedStateWarning] * (keeps and mistake != "none")
