@@ -61,7 +61,7 @@ class RetraceError(Explained, RuntimeError):
 
 
 class UntouchedStateWarning(Explained, UserWarning):
-    """Collections were mutable and no leaf of any was written."""
+    """What a call should change stays: no leaf of a mutable collection is written, or no param reaches the loss."""
 
 
 class DroppedStateWarning(Explained, UserWarning):

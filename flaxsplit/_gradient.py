@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._axes import averaged, check_bound, devices_along, unsynced, varying
+from ._caller import caller
 from ._checks import check_count, checked, is_function, is_inexact
 from ._describe import describe, is_array, keyed_leaves, wraps
 from ._drift import check_drift
@@ -23,8 +24,10 @@ from ._refusals.improve import (
     OVERWRITE,
     UNEVEN,
     UNSYNCED,
+    ZERO_GRADIENT,
 )
 from ._types import OVERWRITTEN, AuxT, AxisName, BatchT, Carry, GivenLoss, GradFn, P, ParamsT, State, Tree
+from ._upstream import is_traced_with
 
 
 @overload
@@ -91,7 +94,7 @@ def value_and_grad(
     given: Any = overwrite
     OVERWRITE.unless(isinstance(given, str), overwrite=given)
     check_count("value_and_grad(loss_fn, microbatches=...)", microbatches)
-    objective = _objective(loss_fn, has_aux, axis_name)
+    objective = _differentiated(_objective(loss_fn, has_aux, axis_name))
 
     @wraps(loss_fn)
     @noted
@@ -148,6 +151,19 @@ def _objective(loss_fn: Any, has_aux: bool, axis_name: AxisName | None) -> Calla
         return loss, (aux, new_state)
 
     return objective
+
+
+def _differentiated(objective: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """The objective, which `jax.value_and_grad` traces, with a word where no param reaches the loss."""
+
+    def differentiated(learned: tuple[Any, Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        loss, rest = objective(learned, *args, **kwargs)
+        params = keyed_leaves(learned[0], "params")
+        if params and not any(is_traced_with(loss, leaf) for leaf in params.values()):
+            ZERO_GRADIENT.warn(params, at=caller())
+        return loss, rest
+
+    return differentiated
 
 
 def _accumulated(

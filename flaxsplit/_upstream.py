@@ -22,6 +22,11 @@ def current_trace() -> Any:
     return _trace_state(convention="flax")
 
 
+def is_traced_with(value: Any, other: Any) -> bool:
+    """Whether one transformation traces both, as `jax.grad` does with all that comes of what it differentiates."""
+    return getattr(value, "_trace", None) is getattr(other, "_trace", None)
+
+
 def is_about_out_axes(error: ValueError) -> bool:
     """Whether `jax.vmap` refuses an output that is mapped. An error class of its own would replace this."""
     return "out_axes" in str(error)

@@ -478,3 +478,39 @@ def test_each_planted_mistake_is_found(model: Model, data: st.DataObject, mistak
     warned = told(lambda: jax.eval_shape(step, carry, model.batch(0)))
     keeps = model.has(BatchNorm) or model.has(Remember) or model.has(Dropout) or model.cached
     assert [type(each) for each in warned] == [fs.DroppedStateWarning] * (keeps and mistake != "none")
+
+
+# Params that no gradient reaches
+
+
+def outside(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """Uses the params of a closure."""
+    del params
+    out, state = FN(PARAMS, state, batch)
+    return out.mean(), state
+
+
+@pytest.mark.parametrize("way", ["step", "microbatches", "scan", "eager"])
+def test_params_that_come_in_by_a_closure(way: str) -> None:
+    (warning,) = told(WAYS[way](outside, {"w": jnp.ones(2)}, STATE))
+    assert isinstance(warning, fs.UntouchedStateWarning)
+    assert str(warning) == whole(
+        """
+        value_and_grad(loss_fn): the loss must be computed from the params that loss_fn is given
+          got:
+            params['w']: the gradient is zero
+          likely cause: loss_fn uses params from outside of it, or jax.lax.stop_gradient is around them
+          fix: def loss_fn(params, state, batch): out, state = fn(params, state, batch); ...
+        """
+    )
+
+
+def test_one_param_that_reaches_the_loss_is_enough() -> None:
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        return (jax.lax.stop_gradient(params["a"]) * batch).sum() * params["b"], state
+
+    def nothing(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        return batch.sum(), state
+
+    assert told(stepped(loss_fn, {"a": jnp.ones(3), "b": jnp.ones(())}, {})) == []
+    assert told(stepped(nothing, {}, {})) == []

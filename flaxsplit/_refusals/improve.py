@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from flaxsplit._describe import describe, differences, form_of, is_array, same_structure
-from flaxsplit._errors import Explained, Guess, Refusal, SignatureError, UnsyncedStateError
+from flaxsplit._errors import Explained, Guess, Refusal, SignatureError, UnsyncedStateError, UntouchedStateWarning
 from flaxsplit._types import Carry
 
 from .carry import WITH_TX
@@ -61,6 +61,21 @@ UNSYNCED = Refusal(
     "a layer that updates its state has no axis_name, or lacks this one",
     "nn.BatchNorm(..., axis_name=$axis); or jax.lax.pmean(leaf, $axis) in loss_fn",
 )
+
+
+_ZERO_GRADIENT = Refusal(
+    UntouchedStateWarning,
+    _GRADIENT,
+    "the loss must be computed from the params that loss_fn is given",
+    "loss_fn uses params from outside of it, or jax.lax.stop_gradient is around them",
+    "def loss_fn(params, state, batch): out, state = fn(params, state, batch); ...",
+)
+
+
+@Guess
+def ZERO_GRADIENT(params: Mapping[str, Any]) -> Explained:  # noqa: N802 (a row as the others are)
+    """Params that a loss does not use, not one of them."""
+    return _ZERO_GRADIENT(*(f"{path}: the gradient is zero" for path in params))
 
 
 @Guess
