@@ -7,8 +7,14 @@ import subprocess
 import sys
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
+import flaxsplit as fs
 from tools import soak
 
 from .flags import needs_jit
@@ -56,3 +62,41 @@ def test_threads_that_end_elsewhere_are_a_fault(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(soak, "same", lambda a, b: False)
     with pytest.raises(SystemExit, match="differ from one alone"):
         soak.threads(callers=2, steps=1)
+
+
+# Poisoned batches
+
+
+class Normed(nn.Module):
+    """Statistics, and no keys, so that a step not taken leaves no trace at all."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        """Maps `[batch, 3]` to `[batch, 1]`."""
+        return nn.Dense(1)(nn.relu(nn.BatchNorm(use_running_average=False)(nn.Dense(4)(x))))
+
+
+def test_a_hundred_thousand_steps_with_one_poisoned_batch_in_a_thousand() -> None:
+    """The carry stays finite, and is that of the run without those batches, bit for bit."""
+    apply, tx = fs.with_mutable(Normed()), optax.adam(1e-2)
+
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        pred, state = apply(params, state, batch)
+        return ((pred - batch.sum(-1, keepdims=True)) ** 2).mean(), state
+
+    step = fs.with_ema(fs.with_optimizer(loss_fn, tx), decay=0.99)
+    guarded, plain = fs.jit_step(fs.scan_steps(fs.skip_nonfinite(step))), fs.jit_step(fs.scan_steps(step))
+    rng = np.random.default_rng(0)
+    params, state = fs.split_params(Normed().init(jax.random.key(0), jnp.ones((4, 3), jnp.float32)))
+    ours, theirs = (fs.init_carry(params, state | {"ema": params}, tx) for _ in range(2))
+    for _ in range(100):
+        batches = rng.normal(size=(1000, 4, 3)).astype(np.float32)
+        bad = int(rng.integers(1000))
+        poisoned = batches.copy()
+        poisoned[bad, rng.integers(4), rng.integers(3)] = rng.choice([np.nan, np.inf])
+        ours, losses = guarded(ours, poisoned)
+        theirs, _ = plain(theirs, np.delete(batches, bad, 0))
+        assert int((~jnp.isfinite(losses)).sum()) == 1
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(ours))
+    assert int(ours.step) == 99_900
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
