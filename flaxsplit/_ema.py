@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ._checks import check_count, checked, is_function, two_of
+from ._context import during
 from ._describe import same_structure, shapes_of, wraps
 from ._refusals.keep import DECAY, EMA, EMA_STEP, OF, decay_of
 from ._types import Carry, CarryStepT
-from ._update import check_carry
+from ._update import AVERAGED, check_carry
 
 Decay: TypeAlias = float | np.floating[Any] | Float[Array, ""] | Callable[[Any], Any]
 """How much of an average stays: a number of Python, NumPy or JAX, or a schedule of the step count."""
@@ -66,7 +67,8 @@ def with_ema(step: CarryStepT, *, decay: Decay, of: Callable[[Carry], Any] = par
         check_carry(carry)
         ema = carry.state.get("ema", {})
         EMA.unless(_is_alike(of(carry), ema), of(carry), carry.state, source)
-        result = step(carry, batch, *args, **kwargs)
+        with during(AVERAGED, True):
+            result = step(carry, batch, *args, **kwargs)
         new_carry, out = two_of(result, "with_ema(step)", "step(carry, batch) -> (carry, out)")
         weight = 1 - (decay(carry.step) if callable(decay) else decay)
 

@@ -1,17 +1,19 @@
 """How flaxsplit speaks of failure: classes, one anatomy for every message, and rows of words apart from the code."""
 
-import contextlib
 import dataclasses
 import string
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any, NoReturn, Self
 
 import jax
 
-from ._caller import Line
+from ._caller import Line, caller
 from ._describe import describe, keyed_leaves, kind_of, shorten
+
+SILENT: ContextVar[bool] = ContextVar("silent", default=False)
+"""Whether none of our warnings is given: around a call that is traced once more, only to be looked at."""
 
 
 class Explained(Exception):  # noqa: N818 (what errors and a warning share; neither's name would fit both)
@@ -120,6 +122,10 @@ class Refusal:
         """Raises in place of another library's error, which stays its cause."""
         raise self(*lines, **values) from error
 
+    def warn(self, *lines: str, **values: Any) -> None:
+        """Warns, where the row is of a warning."""
+        _warn(self(*lines, **values))
+
 
 @dataclasses.dataclass(frozen=True)
 class Guess:
@@ -140,24 +146,15 @@ class Guess:
         """Raises in place of another library's error, which stays its cause."""
         raise self(*args, **values) from error
 
-    def warn(self, *args: Any, at: Line) -> None:
-        """Warns, where what it explains is a warning, of a line of the user's own code."""
-        warning: Any = self(*args)
-        if not _SILENT.get():
-            warnings.warn_explicit(warning, type(warning), *at)
+    def warn(self, *args: Any, at: Line | None = None) -> None:
+        """Warns, where what it explains is a warning."""
+        _warn(self(*args), at)
 
 
-_SILENT: ContextVar[bool] = ContextVar("flaxsplit_silent", default=False)
-
-
-@contextlib.contextmanager
-def silent() -> Generator[None]:
-    """Gives none of our warnings: around a call that is traced once more, only to be looked at."""
-    token = _SILENT.set(True)
-    try:
-        yield
-    finally:
-        _SILENT.reset(token)
+def _warn(warning: Any, at: Line | None = None) -> None:
+    """Warns of a line of the user's own code: the one that is running, if no other is given."""
+    if not SILENT.get():
+        warnings.warn_explicit(warning, type(warning), *(at or caller()))
 
 
 def said(value: Any) -> str:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._axes import averaged, check_bound, devices_along, unsynced, varying
-from ._caller import caller
 from ._checks import check_count, checked, is_function, is_inexact
 from ._describe import describe, is_array, keyed_leaves, wraps
 from ._drift import check_drift
@@ -160,7 +159,7 @@ def _differentiated(objective: Callable[..., Any]) -> Callable[..., tuple[Any, A
         loss, rest = objective(learned, *args, **kwargs)
         params = keyed_leaves(learned[0], "params")
         if params and not any(is_traced_with(loss, leaf) for leaf in params.values()):
-            ZERO_GRADIENT.warn(params, at=caller())
+            ZERO_GRADIENT.warn(params)
         return loss, rest
 
     return differentiated

@@ -4,12 +4,12 @@ Noting a call costs one look at a variable. Calls in another trace than the loss
 branch of a `jax.lax.cond` counts is known at run time alone, and `jax.checkpoint` hands on what it is given.
 """
 
-import contextlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
 
 from ._caller import Line, caller
+from ._context import during
 from ._describe import name_of
 from ._types import StatefulT, Tree
 from ._upstream import current_trace
@@ -33,13 +33,13 @@ class _Watch(NamedTuple):
     calls: list[Call]
 
 
-_WATCH: ContextVar[_Watch | None] = ContextVar("flaxsplit", default=None)
+_WATCH: ContextVar[_Watch | None] = ContextVar("watch", default=None)
 
 
 def watched(loss_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, list[Call]]:
     """Calls a loss function; gives its result and the calls that it made."""
     watch = _Watch(current_trace(), [])
-    with _watching(watch):
+    with during(_WATCH, watch):
         return loss_fn(*args, **kwargs), watch.calls
 
 
@@ -53,18 +53,9 @@ def noted(fn: StatefulT) -> StatefulT:
         watch = _WATCH.get()
         if watch is None or len(args) < 2 or watch.trace != current_trace():
             return fn(*args, **kwargs)
-        with _watching(None):
+        with during(_WATCH, None):
             out, new_state = fn(*args, **kwargs)
         watch.calls.append(Call(noting, caller(), args, kwargs, new_state))
         return out, new_state
 
     return cast(StatefulT, noting)
-
-
-@contextlib.contextmanager
-def _watching(watch: _Watch | None) -> Generator[None]:
-    token = _WATCH.set(watch)
-    try:
-        yield
-    finally:
-        _WATCH.reset(token)

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from ._context import during
 from ._describe import is_numeric, keyed_leaves
-from ._errors import silent
+from ._errors import SILENT
 from ._jaxprs import needed, source
 from ._linear import Call
 from ._refusals.linear import DROPPED, FORKED, REUSED
@@ -110,7 +111,7 @@ def _used_up(call: Call) -> set[str]:
         _out, _new_state = call.fn(params, _state, *args, **{**call.kwargs, **_rngs})
         return keyed_leaves(_new_state, "state"), [leaf for leaf in jax.tree.leaves(_out) if is_numeric(leaf)]
 
-    with contextlib.suppress(Exception), silent():
+    with contextlib.suppress(Exception), during(SILENT, True):
         closed, (after, _) = jax.make_jaxpr(run, return_shape=True)(state, rngs)
         before = keyed_leaves(state, "state") | keyed_leaves(rngs.get("rngs"), "rngs")
         return _read(closed.jaxpr, [*before], sorted(after))

@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 from flax import core, errors
 
-from ._caller import caller
 from ._checks import checked, two_of
 from ._describe import plain, same_leaves, wraps
 from ._linear import noted
@@ -191,7 +190,7 @@ def _warn_untouched(names: Sequence[str], before: Tree, after: Tree) -> None:
     """Flax hands an unwritten leaf back as the very same object, eagerly and while tracing, so identity decides."""
     old, new = ([tree[name] for name in names] for tree in (before, after))
     if jax.tree.leaves(old) and same_leaves(old, new):
-        UNTOUCHED.warn(names, at=caller())
+        UNTOUCHED.warn(names)
 
 
 def _sown(captured: tuple[str, ...], updated: Mapping[str, Any]) -> Captured:

@@ -1,6 +1,7 @@
 """From gradients to the next carry, and both in one: a loss function becomes a step."""
 
 import inspect
+from contextvars import ContextVar
 from typing import Any, Literal, overload
 
 import jax
@@ -12,8 +13,11 @@ from ._checks import check_tx, checked
 from ._describe import describe, differences, form_of, is_array, is_numeric, same_structure, wraps
 from ._drift import check_drift
 from ._gradient import mean_loss, value_and_grad
-from ._refusals.improve import GRADS, NO_CARRY, NO_COUNT, NOT_NUMERIC, OPT_STATE
+from ._refusals.improve import GRADS, NO_CARRY, NO_COUNT, NOT_NUMERIC, OPT_STATE, UNAVERAGED
 from ._types import OVERWRITTEN, AuxT, AxisName, BatchT, Carry, GivenLoss, HostStep, P, State, Transformation
+
+AVERAGED: ContextVar[bool] = ContextVar("averaged", default=False)
+"""Whether `with_ema` is around what is called."""
 
 
 @checked
@@ -129,6 +133,8 @@ def with_optimizer(
     @wraps(loss_fn, ("carry",), replaces=2)
     def step(carry: Carry, batch: Any, *args: Any, **kwargs: Any) -> tuple[Carry, Any]:
         check_carry(carry)
+        if "ema" in carry.state and not AVERAGED.get():
+            UNAVERAGED.warn("state['ema']: stays as it is")
 
         # a line search of optax fails on an extra argument that its value_fn does not name
         def value_fn(_params: Any, grad_fn: Any = None, obj_fn: Any = None) -> Any:

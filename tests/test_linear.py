@@ -514,3 +514,28 @@ def test_one_param_that_reaches_the_loss_is_enough() -> None:
 
     assert told(stepped(loss_fn, {"a": jnp.ones(3), "b": jnp.ones(())}, {})) == []
     assert told(stepped(nothing, {}, {})) == []
+
+
+# An average that nothing keeps
+
+
+def test_an_average_without_with_ema() -> None:
+    carry = fs.init_carry(PARAMS, STATE | {"ema": PARAMS}, TX)
+    step = fs.with_optimizer(twice(FN), TX)
+    (warning,) = told(lambda: jax.eval_shape(step, carry, X))
+    assert isinstance(warning, fs.UntouchedStateWarning)
+    assert str(warning) == whole(
+        """
+        with_optimizer(loss_fn, tx): state['ema'] must be averaged, by with_ema around the step
+          got:
+            state['ema']: stays as it is
+          likely cause: with_ema was forgotten, or the tree is of your own
+          fix: with_ema(with_optimizer(loss_fn, tx), decay=0.999); or state['extra'] for a tree of your own
+        """
+    )
+    averaged = fs.with_ema(step, decay=0.999)
+    for right in (averaged, fs.with_ema(fs.skip_nonfinite(fs.jit_step(step)), decay=0.9)):
+        assert told(lambda right=right: jax.eval_shape(right, carry, X)) == []  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        averaged(carry, None)
+    assert len(told(lambda: jax.eval_shape(step, carry, X))) == 1, "an exception leaves nothing"

@@ -530,3 +530,28 @@ def test_keys_and_metrics_as_arguments_of_an_nnx_module() -> None:
         own = optax.apply_updates(own, updates)
         losses.append(float(value))
     np.testing.assert_allclose(float(model.metric.compute()), np.mean(losses), rtol=1e-5)
+
+
+def test_an_average_follows_the_updates_of_multi_steps() -> None:
+    """`carry.step` counts calls: with `every=` as many as make an update, only what was updated is averaged."""
+    tx = optax.MultiSteps(TX, every_k_schedule=3)
+
+    def loss_fn(params: Any, state: Any, batch: Any) -> Any:
+        return ((params["w"] - batch) ** 2).sum(), state
+
+    step = fs.jit_step(fs.with_ema(fs.with_optimizer(loss_fn, tx), decay=0.9, every=3), donate=False)
+    carry = fs.init_carry({"w": jnp.zeros(2)}, {"ema": {"w": jnp.zeros(2)}}, tx)
+    params, average, opt_state = jnp.zeros(2), jnp.zeros(2), TX.init(jnp.zeros(2))
+    for update in range(4):
+        grads = jnp.zeros(2)
+        for call in range(3):
+            batch = jnp.array([update, call], jnp.float32)
+            grads += 2 * (params - batch) / 3
+            carry, _ = step(carry, batch)
+        updates, opt_state = TX.update(grads, opt_state)
+        params = optax.apply_updates(params, updates)
+        average = 0.9 * average + 0.1 * params
+        np.testing.assert_allclose(carry.params["w"], params, rtol=1e-6)
+        np.testing.assert_allclose(carry.state["ema"]["w"], average, rtol=1e-6)
+    assert int(carry.step) == 12
+    assert int(carry.opt_state.gradient_step) == 4

@@ -163,6 +163,13 @@ NO_COUNT = Refusal(
     "the carry was put together by hand",
     "init_carry(params, state, tx), or carry._replace(step=jnp.int32(count))",
 )
+UNAVERAGED = Refusal(
+    UntouchedStateWarning,
+    "with_optimizer(loss_fn, tx)",
+    "state['ema'] must be averaged, by with_ema around the step",
+    "with_ema was forgotten, or the tree is of your own",
+    "with_ema(with_optimizer(loss_fn, tx), decay=0.999); or state['extra'] for a tree of your own",
+)
 GRADS = Refusal(
     SignatureError,
     _UPDATE,
