@@ -19,6 +19,7 @@ from ._refusals.apply import (
     FLAX,
     FORM,
     METHOD,
+    METHOD_OF_APPLY,
     MODEL,
     MUTABLE,
     NOT_IN_STATE,
@@ -155,7 +156,9 @@ def _apply_of(fn: Any, method: Any) -> Callable[..., Any]:
 def _check_options(fn: Any, method: Any, mutable: Any, capture: Any) -> None:
     owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
     is_name = isinstance(method, str) and (not owner or hasattr(owner, method))
-    METHOD.unless(method is None or callable(method) or is_name, method, owner)
+    is_function = callable(method) and not isinstance(method, type)
+    METHOD.unless(method is None or is_function or is_name, method, owner)
+    METHOD_OF_APPLY.unless(method is None or not is_nn_apply(fn), method=method)
     is_filter = mutable is ... or isinstance(mutable, bool | core.DenyList) or _are_names(mutable)
     MUTABLE.unless(is_filter, mutable=mutable)
     CAPTURE.unless(_are_names(capture), capture=capture)

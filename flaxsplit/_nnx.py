@@ -19,7 +19,7 @@ from ._jaxprs import source
 from ._linear import noted
 from ._mutable import HIDDEN
 from ._paths import Path, flatten, joined, keyed, unflatten
-from ._refusals.nnx import METHOD, WITHOUT_VALUE
+from ._refusals.nnx import METHOD, NOTHING_CHOSEN, REFERENCES, WITHOUT_VALUE, WRITTEN
 from ._split import check_halves
 from ._types import AnyParams, Params, State, Stateful, Trainable, Tree
 
@@ -116,9 +116,10 @@ def from_nnx(
     _check_module("from_nnx(module)", module)
     graphdef, treedef, slots, leaves = _apart(module)
     _check_concrete(slots, leaves)
+    _check_values("from_nnx(module)", slots, leaves)
     chosen = _trainable(trainable, module, dict(zip(slots, leaves, strict=True)))
     given: Any = method
-    METHOD.unless(given is None or (callable(given) and not isinstance(given, type)), method=given)
+    METHOD.unless(given is None or (callable(given) and not isinstance(given, type)), given, module)
     call = type(module).__call__ if method is None else getattr(method, "__func__", method)  # bound: brings its module
 
     @wraps(call, ("params", "state"), 1)
@@ -181,6 +182,7 @@ def to_nnx(module: M, params: AnyParams, state: Tree) -> M:
     _check_module(where, module)
     check_halves(where, params, state)
     _, treedef, slots, leaves = _apart(module)
+    _check_values(where, slots, leaves)
     own = {name: tree for name, tree in state.items() if name not in ("ema", "extra")}
     found = _found(where, slots, params, own, strict=True)
     wrong: list[Difference] = []
@@ -188,8 +190,14 @@ def to_nnx(module: M, params: AnyParams, state: Tree) -> M:
         if _type_of(leaf) != _type_of(own):
             wrong.append(Difference(keyed(path[1:], path[0]), describe(own), describe(leaf)))
     _check_fit(where, wrong)
-    nnx.update(module, jax.tree.unflatten(treedef, [jnp.array(leaf, copy=True) for leaf in found.values()]))
+    copies = [_copied(leaf, own) for leaf, own in zip(found.values(), leaves, strict=True)]
+    nnx.update(module, jax.tree.unflatten(treedef, copies))
     return module
+
+
+def _copied(leaf: Any, own: Any) -> Any:
+    """A number of Python stays one where the module holds one."""
+    return leaf if not is_array(leaf) and not is_array(own) else jnp.array(leaf, copy=True)
 
 
 def _apart(module: Any) -> tuple[Any, Any, list[_Slot], list[Any]]:
@@ -240,6 +248,8 @@ def _collection(kind: type) -> str:
 def _trainable(trainable: Any, module: Any, leaves: Mapping[_Slot, Any]) -> set[_Slot]:
     """Gives the slots that a filter of NNX's or of ours chooses. Each filter of a list must choose something."""
     where = "from_nnx(trainable=...)"
+    if _is_without_params(trainable, module, leaves):
+        return set()
     if isinstance(trainable, list | tuple) and trainable:
         return set().union(*(_trainable(each, module, leaves) for each in trainable))
     if isinstance(trainable, str | Mapping):
@@ -247,7 +257,9 @@ def _trainable(trainable: Any, module: Any, leaves: Mapping[_Slot, Any]) -> set[
         try:
             paths = choose(trainable, params)
         except (CollectionError, SignatureError) as error:
-            fix = error.fix.replace("variables['params']", "params")
+            fix = error.fix.replace("variables['params']", "params").replace(
+                "split_params(variables)", "from_nnx(module)"
+            )
             raise type(error)(where, error.required, error.leaves, error.cause, fix) from None
         return {slot for slot in leaves if slot.path in paths}
     if not _is_filter(trainable):
@@ -261,8 +273,8 @@ def _trainable(trainable: Any, module: Any, leaves: Mapping[_Slot, Any]) -> set[
     matches: Any = nnx.filterlib.to_predicate(trainable)
     flat = nnx.to_flat_state(_split(module)[1])
     chosen = {slot for path, each in flat if matches(path, each) for slot in _slots(path, each)}
-    if not chosen:
-        raise _nothing_chosen(where, trainable, leaves)
+    held = {slot.collection for slot in leaves}
+    NOTHING_CHOSEN.unless(chosen, trainable, held, len(leaves), not leaves and _is_bridged(module))
     rigid = [slot for slot in leaves if slot in chosen and not _is_inexact(leaves[slot])]
     if rigid:
         raise CollectionError(
@@ -275,27 +287,26 @@ def _trainable(trainable: Any, module: Any, leaves: Mapping[_Slot, Any]) -> set[
     return chosen
 
 
+def _is_without_params(trainable: Any, module: Any, leaves: Mapping[_Slot, Any]) -> bool:
+    """Whether a filter asks for params, or for nothing, and the module has none: then it is all state."""
+    if any(slot.collection == "params" for slot in leaves):
+        return trainable is False
+    is_empty = isinstance(trainable, list | tuple | Mapping) and not trainable
+    asks = is_empty or trainable is None or trainable is nnx.Param or trainable is False or _is_glob(trainable, "*")
+    return asks and (bool(leaves) or not _is_bridged(module))  # a bridge without variables was not initialized
+
+
+def _is_glob(trainable: Any, glob: str) -> bool:
+    return isinstance(trainable, str) and trainable == glob
+
+
+def _is_bridged(module: Any) -> bool:
+    return any(isinstance(node, nnx.bridge.ToNNX) for _, node in nnx.iter_graph(module))
+
+
 def _is_filter(trainable: Any) -> bool:
     empty = isinstance(trainable, list | tuple) and not trainable
     return callable(trainable) or empty or trainable is None or trainable is ... or isinstance(trainable, bool)
-
-
-def _nothing_chosen(where: str, trainable: Any, leaves: Mapping[_Slot, Any]) -> CollectionError:
-    shown = trainable.__name__ if isinstance(trainable, type) else describe(trainable)
-    held = ", ".join(sorted({repr(slot.collection) for slot in leaves}))
-    return CollectionError(
-        where,
-        "the filter must choose at least one variable",
-        [
-            f"{shown} matches none of {len(leaves)} arrays, which are of {held}"
-            if held
-            else "the module has no variables"
-        ],
-        "another type, or a path that the module does not have"
-        if held
-        else "a bridged module that was not initialized, or one without params",
-        "from_nnx(module, trainable=nnx.Param)" if held else "from_nnx(nnx.bridge.lazy_init(module, x))",
-    )
 
 
 def _found(where: str, slots: list[_Slot], params: Any, state: Tree, strict: bool = False) -> dict[Path, Any]:
@@ -386,14 +397,7 @@ def _check_unwritten(run: Any, found: Mapping[Path, Any], new_leaves: list[Any])
         jaxpr = jax.make_jaxpr(lambda leaves: run(leaves)[0])([*found.values()]).jaxpr
     pairs = zip(found, jaxpr.invars, jaxpr.outvars, strict=True)
     written = [path for path, old, new in pairs if path[0] == "params" and source(jaxpr, new) is not old]
-    if written:
-        raise CollectionError(
-            "from_nnx(trainable=...)",
-            "params are the optimizer's to change",
-            [f"{keyed(path[1:], 'params')}: written in the call" for path in written],
-            "the module keeps in a param what it computes, or the filter chooses more than params",
-            f"trainable=nnx.All(nnx.Param, nnx.Not(nnx.PathContains({written[0][-1]!r}))), so that it is state",
-        )
+    WRITTEN.unless(not written, [path[1:] for path in written])
 
 
 def _check_module(where: str, module: Any) -> None:
@@ -413,6 +417,16 @@ def _check_module(where: str, module: Any) -> None:
 def _check_concrete(slots: list[_Slot], leaves: list[Any]) -> None:
     empty = ((slot, leaf) for slot, leaf in zip(slots, leaves, strict=True) if isinstance(leaf, jax.ShapeDtypeStruct))
     WITHOUT_VALUE.if_any(f"{joined(slot.path)}: {kind_of(leaf)}" for slot, leaf in empty)
+
+
+def _check_values(where: str, slots: list[_Slot], leaves: list[Any]) -> None:
+    refs = ((slot, type(leaf)) for slot, leaf in zip(slots, leaves, strict=True) if _is_reference(leaf))
+    REFERENCES.if_any((f"{joined(slot.path)}: {kind.__name__}" for slot, kind in refs), where=where)
+
+
+def _is_reference(leaf: Any) -> bool:
+    """Tells variables that are no values: `ref=True` makes one of JAX's references, `hijax=True` one of its boxes."""
+    return isinstance(leaf, nnx.Variable) or type(leaf).__name__ == "Ref"
 
 
 def _is_inexact(leaf: Any) -> bool:

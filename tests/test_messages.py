@@ -446,6 +446,33 @@ def test_variables_instead_of_a_module() -> None:
     """)
 
 
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [("decode", "with_mutable(model, method=Model.decode)"), ("appply", "with_mutable(model, method='apply')")],
+)
+@pytest.mark.parametrize("of", [lambda model: model, lambda model: model.apply], ids=["module", "apply"])
+def test_a_method_that_the_module_does_not_have(name: str, fix: str, of: Any) -> None:
+    error = fails(fs.SignatureError, fs.with_mutable, of(MLP(4)), method=name)
+    assert str(error) == whole(f"""
+    with_mutable(method=...): method must be a method of the module, or its name
+      got:
+        method: MLP has no {name!r}
+      likely cause: a misspelt method, or one of another model
+      fix: {fix}
+    """)
+
+
+def test_a_method_beside_nn_apply() -> None:
+    error = fails(fs.SignatureError, fs.with_mutable, nn.apply(MLP.__call__, MLP(4)), method="__call__")
+    assert str(error) == whole("""
+    with_mutable(method=...): no method beside a function that nn.apply made
+      got:
+        method: str
+      likely cause: nn.apply was told what to run when it was called, and takes no method
+      fix: with_mutable(model, method=Model.decode), or with_mutable(nn.apply(Model.decode, model))
+    """)
+
+
 def test_mutable_unknown() -> None:
     params, state = halves(MLP(), X[0])
     error = fails(fs.CollectionError, fs.with_mutable(MLP(), mutable=["batch_stat"]), params, state, X[0])
@@ -2014,9 +2041,9 @@ OTHER_FORMS: list[tuple[Any, str]] = [
         "split_rngs: str|vmap_stateful(fn, split_rngs={'dropout': True})",
     ),
     (
-        functools.partial(ANY.with_mutable, fn=MLP(4), method="decode"),
+        functools.partial(ANY.with_mutable, fn=MLP(4), method=nn.Dense),
         "with_mutable(method=...): method must be a method of the module, or its name|"
-        "method: MLP has no 'decode'|with_mutable(model, method=Model.decode)",
+        "method: the class Dense|with_mutable(model, method=Model.decode)",
     ),
     (
         functools.partial(ANY.with_mutable, fn=MLP(4), mutable=1),
@@ -2037,9 +2064,9 @@ OTHER_FORMS: list[tuple[Any, str]] = [
         "assert_max_traces(fn): fn must be a function|fn: int|assert_max_traces(step)",
     ),
     (
-        functools.partial(ANY.from_nnx, module=nnx.Linear(1, 1, rngs=nnx.Rngs(0)), method="decode"),
+        functools.partial(ANY.from_nnx, module=nnx.Linear(1, 1, rngs=nnx.Rngs(0)), method=3),
         "from_nnx(method=...): method must be a function of the module|"
-        "method: str|from_nnx(module, method=Model.decode)",
+        "method: int|from_nnx(module, method=Model.decode)",
     ),
 ]
 

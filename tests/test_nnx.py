@@ -494,7 +494,7 @@ def test_a_bridged_module_without_variables() -> None:
     from_nnx(trainable=...): the filter must choose at least one variable
       got:
         the module has no variables
-      likely cause: a bridged module that was not initialized, or one without params
+      likely cause: a bridged module that was not initialized
       fix: from_nnx(nnx.bridge.lazy_init(module, x))
     """)
     bridged: Any = nnx.bridge.lazy_init(nnx.bridge.ToNNX(m.Linen(), rngs=m.rngs()), m.X)
@@ -588,13 +588,187 @@ def test_a_param_written_in_the_call(lifted: Any) -> None:
     from_nnx(trainable=...): params are the optimizer's to change
       got:
         params['w']: written in the call
-      likely cause: the module keeps in a param what it computes, or the filter chooses more than params
-      fix: trainable=nnx.All(nnx.Param, nnx.Not(nnx.PathContains('w'))), so that it is state
+      likely cause: the module keeps in a param what it computes: a normalized kernel, which is to be trained, or an \
+average, which is state
+      fix: for a kernel, from_nnx(module, method=call), with def call(m, x): before = jax.tree.map(lambda leaf: leaf, \
+nnx.state(m, nnx.Param)); out = m(x); nnx.update(m, before); return out. For an average, trainable=nnx.All(nnx.Param, \
+lambda path, _: '/'.join(map(str, path)) not in ['w'])
     """)
-    frozen = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("w")))
-    fn, params, state = fs.from_nnx(Writer(lifted), trainable=frozen)
+    as_state = nnx.All(nnx.Param, lambda path, _: "/".join(map(str, path)) not in ["w"])
+    fn, params, state = fs.from_nnx(Writer(lifted), trainable=as_state)
+    assert [*params] == ["b"]
     _, state = fn(params, state, jnp.ones(3))
     np.testing.assert_allclose(state["params"]["w"], 3**-0.5, rtol=1e-6)
+
+
+def putting_back(module: Any, x: Any) -> Any:
+    before = jax.tree.map(lambda leaf: leaf, nnx.state(module, nnx.Param))
+    out = module(x)
+    nnx.update(module, before)
+    return out
+
+
+@pytest.mark.parametrize("lifted", [lambda fn: fn, nnx.remat, nnx.jit], ids=["plain", "remat", "jit"])
+def test_a_normalized_kernel_is_trained(lifted: Any) -> None:
+    model = Writer(lifted)
+    fn, params, state = fs.from_nnx(model, method=putting_back)
+    assert (sorted(params), state) == (["b", "w"], {})
+    grads = jax.grad(lambda params: fn(params, state, jnp.arange(3.0))[0].sum())(params)
+    length = jnp.linalg.norm
+    by_hand = jax.grad(lambda w: (jnp.arange(3.0) * w / length(w)).sum())(params["w"])
+    np.testing.assert_allclose(grads["w"], by_hand, rtol=1e-6)
+
+
+def test_every_kernel_under_weight_norm_is_trained() -> None:
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.normed = nnx.WeightNorm(nnx.Linear(3, 4, rngs=rngs), rngs=rngs)
+            self.out = nnx.Linear(4, 1, rngs=rngs)
+
+        def __call__(self, x: Any) -> Any:
+            return self.out(self.normed(x))
+
+    if not hasattr(nnx, "WeightNorm"):
+        pytest.skip("of a later flax")
+    fn, params, state = fs.from_nnx(Net(nnx.Rngs(0)))
+    text = fails(fs.CollectionError, fn, params, state, jnp.ones((2, 3)))
+    assert "not in ['normed/layer_instance/kernel'])" in text
+    fn, params, state = fs.from_nnx(Net(nnx.Rngs(0)), method=putting_back)
+    grads = jax.grad(lambda params: fn(params, state, jnp.arange(6.0).reshape(2, 3))[0].sum())(params)
+    kernels = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads) if "kernel" in str(path[-1])]
+    assert len(kernels) >= 2
+    assert all(bool(jnp.any(leaf != 0)) for leaf in kernels)
+
+
+@pytest.mark.parametrize("around", [lambda fn: fn, jax.jit], ids=["eager", "jit"])
+def test_a_custom_gradient_writes_no_param(around: Any) -> None:
+    class Custom(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.linear, self.norm = nnx.Linear(2, 2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs)
+
+        def __call__(self, x: Any) -> Any:
+            @nnx.custom_vjp
+            def call(module: Any, x: Any) -> Any:
+                return module.norm(module.linear(x))
+
+            def forward(module: Any, x: Any) -> Any:
+                return call(module, x), (module, x)
+
+            def backward(kept: Any, grads: Any) -> Any:
+                return grads[0]
+
+            call.defvjp(forward, backward)
+            return call(self, x)
+
+    model = Custom(nnx.Rngs(0))
+    fn, params, state = fs.from_nnx(model)
+    out, new_state = around(fn)(params, state, jnp.ones((4, 2)))
+    twin = nnx.clone(model)
+    np.testing.assert_allclose(out, twin(jnp.ones((4, 2))), rtol=1e-6)
+    np.testing.assert_allclose(
+        new_state["batch_stats"]["norm"]["mean"], fs.from_nnx(twin)[2]["batch_stats"]["norm"]["mean"], rtol=1e-6
+    )
+
+
+class Pool(nnx.Module):
+    """Has no variables at all."""
+
+    def __call__(self, x: Any) -> Any:
+        return x.mean(-1)
+
+
+@pytest.mark.parametrize("trainable", [nnx.Param, None, False, "*", [], (), {}], ids=str)
+def test_a_module_without_params_is_all_state(trainable: Any) -> None:
+    fn, params, state = fs.from_nnx(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), trainable=trainable)
+    assert (params, "rngs" in state) == ({}, True)
+    out, state = fn(params, state, jnp.ones(8))
+    assert out.shape == (8,)
+    norm = nnx.BatchNorm(3, use_scale=False, use_bias=False, rngs=nnx.Rngs(0))
+    fn, params, state = fs.from_nnx(norm, trainable=trainable)
+    assert (params, sorted(state["batch_stats"])) == ({}, ["mean", "var"])
+    _, new_state = fn(params, state, jnp.ones((4, 3)))
+    assert bool((new_state["batch_stats"]["mean"] != state["batch_stats"]["mean"]).all())
+    fn, params, state = fs.from_nnx(Pool(), trainable=trainable)
+    assert (params, state, float(fn(params, state, jnp.ones(3))[0])) == ({}, {}, 1.0)
+
+
+def test_a_module_that_is_only_run() -> None:
+    fn, params, state = fs.from_nnx(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), trainable=False)
+    assert (params, sorted(state["params"])) == ({}, ["bias", "kernel"])
+    assert fn(params, state, jnp.ones(2))[0].shape == (3,)
+
+
+def test_a_filter_for_a_module_without_params() -> None:
+    assert fails(fs.CollectionError, fs.from_nnx, Pool(), trainable=nnx.BatchStat) == whole("""
+    from_nnx(trainable=...): the filter must choose at least one variable
+      got:
+        the module has no variables
+      likely cause: nothing of this module can be trained
+      fix: from_nnx(module)
+    """)
+    assert fails(fs.CollectionError, fs.from_nnx, Pool(), trainable="head/*") == whole("""
+    from_nnx(trainable=...): the filter must match at least one param
+      got:
+        no params
+      likely cause: there are no params to choose from
+      fix: from_nnx(module)
+    """)
+
+
+@pytest.mark.skipif(not hasattr(nnx, "var_defaults"), reason="of a later flax")
+@pytest.mark.parametrize(("kind", "name"), [("ref", "Ref"), ("hijax", "HijaxVariable")])
+def test_variables_that_are_no_values(kind: str, name: str) -> None:
+    with nnx.var_defaults(**{kind: True}):
+        model = nnx.BatchNorm(2, use_scale=False, rngs=nnx.Rngs(0))
+    assert fails(fs.SignatureError, fs.from_nnx, model) == whole(f"""
+    from_nnx(module): every variable must hold a value: an array, or a number
+      got:
+        bias: {name}
+        mean: {name}
+        var: {name}
+      likely cause: the module was made with ref=True or hijax=True, and a call would write into what the caller holds
+      fix: with nnx.var_defaults(ref=False, hijax=False): module = Model(..., rngs=nnx.Rngs(0))
+    """)
+    assert fails(fs.SignatureError, fs.to_nnx, model, {}, {}).startswith(
+        "to_nnx(module, params, state): every variable"
+    )
+    with nnx.var_defaults(ref=False, hijax=False):
+        model = nnx.BatchNorm(2, use_scale=False, rngs=nnx.Rngs(0))
+    assert [*fs.from_nnx(model)[1]] == ["bias"]
+
+
+def test_a_number_of_python_in_a_variable_stays_one() -> None:
+    class Counted(nnx.Module):
+        def __init__(self) -> None:
+            self.calls, self.w = nnx.Cache(0), nnx.Param(jnp.ones(2))
+
+        def __call__(self, x: Any) -> Any:
+            return x
+
+    model = Counted()
+    _, params, state = fs.from_nnx(model)
+    fs.to_nnx(model, params, state)
+    assert type(state["cache"]["calls"]) is int
+    assert type(fs.from_nnx(model)[2]["cache"]["calls"]) is int
+    carry = fs.init_carry(params, state, optax.sgd(0.1))
+    fs.to_nnx(model, carry.params, carry.state)
+    assert not fs.from_nnx(model)[2]["cache"]["calls"].weak_type
+
+
+@pytest.mark.parametrize(
+    ("method", "came", "cause", "fix"),
+    [
+        ("decode", "'decode', which Linear does not have", "a name was passed, and not the function", "Model.decode"),
+        ("set_attribute", "'set_attribute', which Linear", "a name was passed, and not the", "Linear.set_attributes"),
+        ("eval", "'eval'", "a name was passed, and not the function", "Linear.eval"),
+    ],
+)
+def test_a_method_by_its_name(method: str, came: str, cause: str, fix: str) -> None:
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    text = fails(fs.SignatureError, fs.from_nnx, model, method=method)
+    assert f"method: {came}" in text
+    assert f"likely cause: {cause}" in text
+    assert text.endswith(f"fix: from_nnx(module, method={fix})")
 
 
 @needs_x32

@@ -89,6 +89,9 @@ _NOTHING = Refusal(CollectionError, _TRAINABLE, "the filter must match at least 
 @Guess
 def NOTHING_CHOSEN(trainable: Any, leaves: Mapping[Path, Any]) -> Explained:  # noqa: N802 (a row as the others are)
     """A filter that matches nothing, with the paths that come near to it."""
+    if not leaves:
+        cause = "there are no params to choose from"
+        return _NOTHING("no params", cause=cause, fix="split_params(variables)")
     paths = [joined(path) for path in leaves]
     if isinstance(trainable, str) and trainable.startswith("!"):
         start = trainable.lstrip("!").rstrip("*")

@@ -66,8 +66,21 @@ def ARGUMENTS(error: Exception, stateful: Any, args: Sequence[Any], kwargs: Mapp
 @Guess
 def METHOD(method: Any, owner: Any) -> Explained:  # noqa: N802
     """What is no method; a name that the module does not have is said as it was written."""
-    unknown = isinstance(method, str)
-    return _METHOD(f"method: {type(owner).__name__} has no {method!r}" if unknown else f"method: {said(method)}")
+    if not isinstance(method, str):
+        return _METHOD(f"method: {said(method)}")
+    near = difflib.get_close_matches(method, [name for name in dir(type(owner)) if not name.startswith("_")], n=1)
+    fix = f"with_mutable(model, method={near[0]!r})" if near else _METHOD.fix
+    row = _METHOD.but(cause="a misspelt method, or one of another model", fix=fix)
+    return row(f"method: {type(owner).__name__} has no {method!r}")
+
+
+METHOD_OF_APPLY = Refusal(
+    SignatureError,
+    "with_mutable(method=...)",
+    "no method beside a function that nn.apply made",
+    "nn.apply was told what to run when it was called, and takes no method",
+    "with_mutable(model, method=Model.decode), or with_mutable(nn.apply(Model.decode, model))",
+)
 
 
 @Guess
