@@ -74,7 +74,7 @@ def _by_path(tree: Any) -> dict[Place, Held]:
 
     The box of a leaf has no name of its own: an NNX variable, and the `{"value": ...}` that is saved of one.
     """
-    pairs = jax.tree_util.tree_flatten_with_path(_opened(tree), is_leaf=lambda each: each is None)[0]
+    pairs = jax.tree_util.tree_flatten_with_path(_opened(tree))[0]
     named = {tuple(str(entry_name(key)) for key in path): (path, leaf) for path, leaf in pairs}
     return {
         place[:-1] if place[-1:] == ("value",) else place: Held("carry" + jax.tree_util.keystr(path), leaf)
@@ -115,7 +115,7 @@ def _matched(
             wrong.append(Difference(name, describe(leaf), describe(strong(value) if not is_array(value) else value)))
         else:
             found.append((Held(name, leaf), value))
-    left = [each for place, each in held.items() if place not in wanted and each.leaf is not None] if strict else []
+    left = [each for place, each in held.items() if place not in wanted] if strict else []
     return found, [*wrong, *(Difference(name, ABSENT, "in the checkpoint") for name, _ in left)]
 
 

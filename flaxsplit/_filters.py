@@ -7,26 +7,30 @@ from typing import Any
 import jax
 
 from ._describe import describe, keyed_leaves
-from ._paths import Path, flatten, joined, keyed
+from ._paths import Path, flatten, inside, joined, keyed
 from ._refusals.apart import MASK, NO_BOOL, NO_FILTER, NOTHING_CHOSEN
 from ._types import Trainable, Tree
 
 
 def choose(trainable: Trainable | None, params: Mapping[Path, Any]) -> set[Path]:
-    """Gives the paths that `trainable` chooses. Empty branches are always chosen: there is nothing to freeze."""
-    branches = {path for path, leaf in params.items() if isinstance(leaf, Mapping)}
-    leaves = {path: leaf for path, leaf in params.items() if path not in branches}
-    return branches | (set(leaves) if trainable is None else _chosen(trainable, leaves))
+    """Gives the paths that `trainable` chooses. What is empty is always chosen: there is nothing to freeze."""
+    leaves, owners = {}, {}
+    for path, param in params.items():
+        inner = {} if isinstance(param, Mapping) else inside(path, param)
+        leaves |= inner
+        owners |= dict.fromkeys(inner, path)
+    empty = params.keys() - owners.values()
+    return empty | (set(leaves) if trainable is None else _chosen(trainable, leaves, owners))
 
 
-def _chosen(trainable: Trainable, leaves: Mapping[Path, Any]) -> set[Path]:
+def _chosen(trainable: Trainable, leaves: Mapping[Path, Any], owners: Mapping[Path, Path]) -> set[Path]:
     match trainable:
         case str():
-            chosen = {path for path in leaves if fnmatch.fnmatchcase(joined(path), trainable)}
+            chosen = {path for path in leaves if any(_matches(each, trainable) for each in (path, owners[path]))}
         case Mapping():
             return _masked(trainable, leaves)
         case list() | tuple():
-            chosen = set().union(*(_chosen(each, leaves) for each in trainable))
+            chosen = set().union(*(_chosen(each, leaves, owners) for each in trainable))
         case _:
             NO_FILTER.unless(callable(trainable), trainable=trainable)
             predicate: Any = trainable
@@ -35,9 +39,13 @@ def _chosen(trainable: Trainable, leaves: Mapping[Path, Any]) -> set[Path]:
     return chosen
 
 
+def _matches(path: Path, glob: str) -> bool:
+    return fnmatch.fnmatchcase(joined(path), glob)
+
+
 def _masked(mask: Tree, leaves: Mapping[Path, Any]) -> set[Path]:
     """Reads a tree of bools (optax's mask); one bool may stand for a whole branch."""
-    flat = dict(flatten(mask))
+    flat = {at: bools for path, each in flatten(mask) for at, bools in inside(path, each).items()}
     owners = {
         path: next((path[:end] for end in range(1, len(path) + 1) if path[:end] in flat), None) for path in leaves
     }

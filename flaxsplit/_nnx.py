@@ -20,7 +20,7 @@ from ._linear import noted
 from ._mutable import HIDDEN
 from ._paths import Path, flatten, joined, keyed, unflatten
 from ._refusals.nnx import METHOD, NOTHING_CHOSEN, REFERENCES, WITHOUT_VALUE, WRITTEN
-from ._split import check_halves
+from ._split import check_mappings, check_names
 from ._types import AnyParams, Params, State, Stateful, Trainable, Tree
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def from_nnx(
     @wraps(call, ("params", "state"), 1)
     @noted
     def stateful(params: AnyParams, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
-        check_halves("from_nnx(module)", params, state)
+        check_mappings("from_nnx(module)", params, state)
         found = _found("fn(params, state, *args)", slots, params, state)
 
         def run(_leaves: list[Any]) -> tuple[list[Any], Any]:
@@ -180,7 +180,7 @@ def to_nnx(module: M, params: AnyParams, state: Tree) -> M:
     """
     where = "to_nnx(module, params, state)"
     _check_module(where, module)
-    check_halves(where, params, state)
+    check_mappings(where, params, state)
     _, treedef, slots, leaves = _apart(module)
     _check_values(where, slots, leaves)
     own = {name: tree for name, tree in state.items() if name not in ("ema", "extra")}
@@ -290,7 +290,7 @@ def _trainable(trainable: Any, module: Any, leaves: Mapping[_Slot, Any]) -> set[
 def _is_without_params(trainable: Any, module: Any, leaves: Mapping[_Slot, Any]) -> bool:
     """Whether a filter asks for params, or for nothing, and the module has none: then it is all state."""
     if any(slot.collection == "params" for slot in leaves):
-        return trainable is False
+        return False
     is_empty = isinstance(trainable, list | tuple | Mapping) and not trainable
     asks = is_empty or trainable is None or trainable is nnx.Param or trainable is False or _is_glob(trainable, "*")
     return asks and (bool(leaves) or not _is_bridged(module))  # a bridge without variables was not initialized
@@ -336,6 +336,8 @@ def _found(where: str, slots: list[_Slot], params: Any, state: Tree, strict: boo
             name = keyed(slot.path, "params") if slot.collection == "params" else keyed(slot.place, "state")
             wrong.append(Difference(name, "one leaf", "in params and in state" if places else ABSENT))
     wrong += [Difference(keyed(path[1:], path[0]), ABSENT, describe(leaf)) for path, leaf in flat.items()]
+    if wrong:
+        check_names(where, params, state)  # not before: an attribute of the module may have any name
     _check_fit(where, wrong)
     return found
 

@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
+from flax.core.meta import AxisMetadata
+
 Path = tuple[Any, ...]
 
 
@@ -24,6 +27,19 @@ def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
             branch = branch.setdefault(key, {})
         branch[name] = {} if isinstance(leaf, Mapping) else leaf
     return tree
+
+
+def is_container(value: Any) -> bool:
+    """Tells a param that is a tree itself, a list or a dataclass of arrays; a box of metadata is one leaf."""
+    return not isinstance(value, Mapping | AxisMetadata) and not jax.tree_util.all_leaves([value])
+
+
+def inside(path: Path, value: Any) -> dict[Path, Any]:
+    """The leaves of a param by path: of a list or a dataclass each of its arrays, else the param alone."""
+    if not is_container(value):
+        return {path: value}
+    pairs, _ = jax.tree_util.tree_flatten_with_path(value)
+    return {(*path, *map(entry_name, keys)): leaf for keys, leaf in pairs}
 
 
 def joined(path: Path) -> str:

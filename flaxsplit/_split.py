@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from ._checks import checked
 from ._describe import describe, plain
 from ._filters import choose
-from ._paths import flatten, keyed, unflatten
+from ._paths import Path, flatten, inside, is_container, keyed, unflatten
 from ._refusals.apart import NO_HALF, NO_MAPPING, NO_PARAMS, OVERLAP, SWAPPED, VARIABLES, WRAPPED_TWICE
 from ._types import RESERVED, AnyParams, Params, State, Trainable, Tree, Variables
 
@@ -27,10 +29,12 @@ def split_params(variables: Tree, *, trainable: Trainable | None = None) -> tupl
     Args:
         variables: Flax's whole mapping, `{collection: tree}`: dict, FrozenDict or any Mapping. Boxes stay boxed.
         trainable: the params to optimize; all by default. A glob on the `/`-joined path (`*` crosses `/`), a predicate
-            `(path, leaf) -> bool`, a tree of bools (one may stand for a branch), or a list of these: any of them.
+            `(path, leaf) -> bool`, a tree of bools (one may stand for a branch), or a list of these: any of them. A
+            param that is a list or a dataclass of arrays is chosen whole by its own path, and by `blocks/0` in part.
 
     Returns:
-        `(params, state)`, plain nested dicts. What `trainable` does not choose is in `state['params']`.
+        `(params, state)`, plain nested dicts. What `trainable` does not choose is in `state['params']`. A list or a
+            dataclass that is chosen in part is in both, with None where a leaf is in the other.
 
     Raises:
         CollectionError: there is no `'params'`, it is doubled, or a filter matches nothing.
@@ -40,8 +44,7 @@ def split_params(variables: Tree, *, trainable: Trainable | None = None) -> tupl
     tree = _params_of(variables)
     leaves = dict(flatten(tree))
     chosen = choose(trainable, leaves)
-    params = unflatten({path: leaf for path, leaf in leaves.items() if path in chosen})
-    frozen = unflatten({path: leaf for path, leaf in leaves.items() if path not in chosen})
+    params, frozen = (unflatten(_half(leaves, chosen, trained)) for trained in (True, False))
     state = {name: plain(tree) for name, tree in variables.items() if name != "params"}
     return params, state | ({"params": frozen} if frozen else {})
 
@@ -74,12 +77,44 @@ def merge_state(params: AnyParams, state: Tree) -> Variables:
     return {"params": _joined(frozen, trained) if frozen else plain(params), **collections}
 
 
+def _half(leaves: dict[Path, Any], chosen: set[Path], trained: bool) -> dict[Path, Any]:
+    """The params that are trained, or those that are not. A list or a dataclass of both is in both, None for a hole."""
+    half: dict[Path, Any] = {}
+    for path, param in leaves.items():
+        inner = inside(path, param)
+        kept = [leaf if (at in chosen) is trained else None for at, leaf in inner.items()]
+        if not inner:
+            half |= {path: param} if trained else {}
+        elif any(leaf is not None for leaf in kept):
+            half[path] = jax.tree.unflatten(jax.tree.structure(param), kept) if is_container(param) else param
+    return half
+
+
 def _joined(frozen: dict[Any, Any], trained: dict[Any, Any]) -> dict[str, Any]:
+    for path in frozen.keys() & trained.keys():
+        if _are_halves(frozen[path], trained[path]):
+            trained[path] = jax.tree.map(_either, trained[path], frozen.pop(path), is_leaf=_is_hole)
     frozen = {path: leaf for path, leaf in frozen.items() if not _is_empty(leaf) or path not in _prefixes(trained)}
     trained = {path: leaf for path, leaf in trained.items() if not _is_empty(leaf) or path not in _prefixes(frozen)}
     both = (frozen.keys() & _prefixes(trained)) | (trained.keys() & _prefixes(frozen))
     OVERLAP.if_any(sorted(keyed(path, "params") for path in both))
     return unflatten(frozen | trained)
+
+
+def _are_halves(one: Any, other: Any) -> bool:
+    """Whether two containers are of one structure, and each leaf is in one of them at most."""
+    if not (is_container(one) and is_container(other)):
+        return False
+    (ones, structure), (others, same) = (jax.tree.flatten(each, is_leaf=_is_hole) for each in (one, other))
+    return bool(structure == same) and all(a is None or b is None for a, b in zip(ones, others, strict=True))
+
+
+def _either(one: Any, other: Any) -> Any:
+    return other if one is None else one
+
+
+def _is_hole(leaf: Any) -> bool:
+    return leaf is None
 
 
 def _prefixes(leaves: dict[Any, Any]) -> set[Any]:
@@ -95,21 +130,47 @@ def _params_of(variables: Any) -> Tree:
     tree = variables.get("params")
     NO_PARAMS.unless(isinstance(tree, Mapping), f"collections: {sorted(map(str, variables))}")
     is_wrapped = isinstance(tree.get("params"), Mapping) and RESERVED.issuperset(tree)
-    WRAPPED_TWICE.unless(not is_wrapped, f"variables['params']: {sorted(map(str, tree))}")
+    WRAPPED_TWICE.unless(not is_wrapped, tree)
     params: Tree = tree
     return params
 
 
 def check_halves(where: str, params: Any, state: Any) -> None:
     """Recognises what is often passed for params and state: the two swapped, variables, or one of them forgotten."""
+    check_mappings(where, params, state)
+    check_names(where, params, state)
+
+
+def check_mappings(where: str, params: Any, state: Any) -> None:
+    """Recognises one of the two halves forgotten."""
     call = where if "params, state" in where else "fn(params, state, *args)"
+    if isinstance(params, Mapping) and not isinstance(state, Mapping):
+        VARIABLES.unless(not _are_variables(params, state), params, where)
     for half, tree in (("params", params), ("state", state)):
         NO_HALF.unless(isinstance(tree, Mapping), f"{half}: {describe(tree)}", where=where, half=half, call=call)
-    if params and state and RESERVED.issuperset(params) and RESERVED.isdisjoint(state):
+
+
+def check_names(where: str, params: Tree, state: Tree) -> None:
+    """Recognises the two halves swapped, and variables, by the names that they have."""
+    if _are_swapped(params, state):
+        call = where if "params, state" in where else "fn(params, state, *args)"
         SWAPPED.if_any([f"params: {_names(params)}", f"state: {_names(state)}"], where=where, call=call)
-    # other names beside 'params' are collections; else a module of the model is called 'params'
-    if isinstance(params.get("params"), Mapping) and (RESERVED | set(state)).issuperset(params):
-        VARIABLES.if_any([f"params: {_names(params)}"], where=where)
+    VARIABLES.unless(not _are_variables(params, state), params, where)
+
+
+def _are_swapped(params: Tree, state: Tree) -> bool:
+    """Whether params hold collections, and state holds none. A submodule may be called `cache`; then more must fit."""
+    if not (params and state and RESERVED.issuperset(params) and RESERVED.isdisjoint(state)):
+        return False
+    modules = {name for tree in params.values() if isinstance(tree, Mapping) for name in tree}
+    is_sure = not {"batch_stats", "rngs"}.isdisjoint(params) or ("params" in params and len(params) > 1)
+    return is_sure or not modules.isdisjoint(state) or not all(isinstance(tree, Mapping) for tree in state.values())
+
+
+def _are_variables(params: Tree, state: Any) -> bool:
+    """Whether params are variables: other names beside `'params'` are collections; else a module is called so."""
+    known = RESERVED | set(state if isinstance(state, Mapping) else params)
+    return isinstance(params.get("params"), Mapping) and known.issuperset(params)
 
 
 def _names(tree: Tree) -> list[str]:

@@ -195,8 +195,9 @@ def test_params_doubled() -> None:
     split_params(variables): 'params' must hold the params themselves
       got:
         variables['params']: ['params']
-      likely cause: variables were wrapped in {'params': ...} once too often
-      fix: split_params(variables['params'])
+      likely cause: variables were wrapped in {'params': ...} once too often, or the only submodule of the model is \
+named 'params'
+      fix: split_params(variables['params']); or another name for the submodule
     """)
 
 
@@ -385,6 +386,64 @@ def test_params_and_state_swapped() -> None:
       likely cause: params and state were swapped
       fix: fn(params, state, *args)
     """)
+
+
+def test_variables_without_a_collection() -> None:
+    class Counting(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            self.variable("counts", "n", lambda: jnp.zeros(())).value += 1
+            return nn.Dense(2)(x)
+
+    params, state = halves(Counting(), X)
+    error = fails(fs.CollectionError, fs.with_mutable(Counting()), {"params": params}, state, X)
+    assert str(error) == whole("""
+    with_mutable(fn): params must be the params themselves
+      got:
+        params: ['params']
+      likely cause: variables were passed where params are wanted, or the only submodule of the model is named 'params'
+      fix: params, state = split_params(variables); or another name for the submodule
+    """)
+    error = fails(fs.CollectionError, fs.with_mutable(Counting()), {"params": params, **state}, X)
+    assert str(error) == whole("""
+    with_mutable(fn): params must be the params themselves
+      got:
+        params: ['counts', 'params']
+      likely cause: variables were passed where params are wanted
+      fix: params, state = split_params(variables)
+    """)
+
+
+@pytest.mark.parametrize("name", ["cache", "intermediates", "ema", "extra"])
+def test_a_submodule_that_is_named_as_a_collection_is_no_mistake(name: str) -> None:
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            self.variable("counts", "n", lambda: jnp.zeros(())).value += 1
+            return nn.Dense(2, name=name)(x)
+
+    variables = Named().init(KEY, X)
+    params, state = fs.split_params(variables)
+    assert fs.merge_state(params, state) == variables
+    out, new_state = fs.vmap_stateful(fs.with_mutable(Named()), axis_name=None, in_axes=0)(params, state, X)
+    assert (out.shape, new_state.keys()) == ((32, 2), {"counts"})
+    fs.settle_state(fs.with_mutable(Named()), params, state, X)
+
+
+def test_an_attribute_of_any_name_is_no_mistake() -> None:
+    class Named(nnx.Module):
+        def __init__(self) -> None:
+            self.params, self.calls = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Cache(jnp.zeros(()))
+
+        def __call__(self, x: Any) -> Any:
+            return self.params(x)
+
+    model = Named()
+    fn, params, state = fs.from_nnx(model)
+    assert fn(params, state, jnp.ones(2))[0].shape == (3,)
+    fs.to_nnx(model, params, state)
+    error = fails(fs.CollectionError, fn, {"params": params, **state}, state, jnp.ones(2))
+    assert error.cause == "variables were passed where params are wanted"
 
 
 def test_swapped_with_frozen_params() -> None:

@@ -692,12 +692,6 @@ def test_a_module_without_params_is_all_state(trainable: Any) -> None:
     assert (params, state, float(fn(params, state, jnp.ones(3))[0])) == ({}, {}, 1.0)
 
 
-def test_a_module_that_is_only_run() -> None:
-    fn, params, state = fs.from_nnx(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), trainable=False)
-    assert (params, sorted(state["params"])) == ({}, ["bias", "kernel"])
-    assert fn(params, state, jnp.ones(2))[0].shape == (3,)
-
-
 def test_a_filter_for_a_module_without_params() -> None:
     assert fails(fs.CollectionError, fs.from_nnx, Pool(), trainable=nnx.BatchStat) == whole("""
     from_nnx(trainable=...): the filter must choose at least one variable

@@ -27,13 +27,35 @@ NO_PARAMS = Refusal(
     "variables['params'] was passed instead of variables, or the model has no params",
     "split_params(module.init(key, x)), or split_params({'params': {}, **variables})",
 )
-WRAPPED_TWICE = Refusal(
+_WRAPPED_TWICE = Refusal(
     CollectionError,
     _SPLIT,
     "'params' must hold the params themselves",
     "variables were wrapped in {'params': ...} once too often",
     "split_params(variables['params'])",
 )
+
+
+@Guess
+def WRAPPED_TWICE(tree: Any) -> Explained:  # noqa: N802 (a row as the others are)
+    """Variables in variables, or a model that calls its only submodule `params`."""
+    return _or_renamed(_WRAPPED_TWICE, tree)(f"variables['params']: {_names(tree)}")
+
+
+def _names(tree: Any) -> list[str]:
+    return sorted(map(str, tree))
+
+
+def _or_renamed(row: Refusal, tree: Any) -> Refusal:
+    """Where `'params'` is alone, its name cannot say whether it is a collection or a submodule."""
+    if [*tree] != ["params"]:
+        return row
+    return row.but(
+        cause=f"{row.cause}, or the only submodule of the model is named 'params'",
+        fix=f"{row.fix}; or another name for the submodule",
+    )
+
+
 OVERLAP = Refusal(
     CollectionError,
     "merge_state(params, state)",
@@ -52,13 +74,20 @@ NO_HALF = Refusal(
     "$call",
 )
 SWAPPED = Refusal(CollectionError, "$where", "params come first, then state", "params and state were swapped", "$call")
-VARIABLES = Refusal(
+_VARIABLES = Refusal(
     CollectionError,
     "$where",
     "params must be the params themselves",
     "variables were passed where params are wanted",
     "params, state = split_params(variables)",
 )
+
+
+@Guess
+def VARIABLES(params: Any, where: str) -> Explained:  # noqa: N802
+    """Variables in the place of params."""
+    return _or_renamed(_VARIABLES, params)(f"params: {_names(params)}", where=where)
+
 
 # ---- trainable
 
