@@ -82,11 +82,12 @@ def _half(leaves: dict[Path, Any], chosen: set[Path], trained: bool) -> dict[Pat
     half: dict[Path, Any] = {}
     for path, param in leaves.items():
         inner = inside(path, param)
-        kept = [leaf if (at in chosen) is trained else None for at, leaf in inner.items()]
-        if not inner:
-            half |= {path: param} if trained else {}
-        elif any(leaf is not None for leaf in kept):
-            half[path] = jax.tree.unflatten(jax.tree.structure(param), kept) if is_container(param) else param
+        mine = [(at in chosen) is trained for at in inner]
+        if all(mine) and (inner or trained):
+            half[path] = param
+        elif any(mine):
+            kept = [leaf if own else None for own, leaf in zip(mine, inner.values(), strict=True)]
+            half[path] = jax.tree.unflatten(jax.tree.structure(param), kept)
     return half
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -204,6 +204,20 @@ def flat(tree: Mapping[str, Any], path: Path = ()) -> dict[Path, Any]:
     return found
 
 
+def arrays(tree: Mapping[str, Any]) -> dict[Path, Any]:
+    """As `flat`, with the arrays of a tuple one by one; a hole in it is none of them."""
+    found: dict[Path, Any] = {}
+    for path, leaf in flat(tree).items():
+        parts = enumerate(leaf) if isinstance(leaf, tuple) else ()
+        found |= {(*path, str(i)): part for i, part in parts if part is not None} or {path: leaf}
+    return found
+
+
+def within(tree: Mapping[str, Any], paths: Collection[Path]) -> set[Path]:
+    """The arrays of these leaves."""
+    return {path for path in arrays(tree) if path in paths or path[:-1] in paths}
+
+
 def nested(leaves: Mapping[Path, Any]) -> dict[str, Any]:
     """The plain dicts that hold these leaves at these paths."""
     tree: dict[str, Any] = {}
@@ -244,35 +258,36 @@ def prefixes(draw: st.DrawFn, tree: Mapping[str, Any]) -> tuple[dict[str, Any], 
 @st.composite
 def trainables(draw: st.DrawFn, params: Mapping[str, Any]) -> tuple[Any, set[Path]]:
     """A `trainable` of every kind that matches something in `params`, and the paths that it is to choose."""
-    paths = sorted(flat(params))
-    if not paths:
+    whole, single = sorted(flat(params)), arrays(params)
+    if not whole:
         return None, set()
-    some = draw(st.sets(st.sampled_from(paths), min_size=1))
-    one = draw(st.sampled_from(paths))
+    some = draw(st.sets(st.sampled_from(whole), min_size=1))
+    one = draw(st.sampled_from(sorted({*whole, *single})))
     word, cut = "/".join(one), draw(st.integers(0, len("/".join(one))))
-    kind = type(flat(params)[one])
+    kind = type(draw(st.sampled_from([*single.values()])))
 
     def where(test: Callable[[str], bool]) -> set[Path]:
-        return {path for path in paths if test("/".join(path))}
+        return within(params, [path for path in {*whole, *single} if test("/".join(path))])
 
-    mask = nested({path: path in some for path in paths})
+    mask, chosen_by_mask = nested({path: path in some for path in whole}), within(params, some)
+    begun, by_prefix = draw(prefixes(params))
     every: list[tuple[Any, set[Path]]] = [
-        (None, set(paths)),
-        ("*", set(paths)),
-        (word, {one}),
+        (None, set(single)),
+        ("*", set(single)),
+        (word, within(params, [one])),
         (f"{word[:cut]}*", where(lambda name: name.startswith(word[:cut]))),
         (f"*{word[cut:]}", where(lambda name: name.endswith(word[cut:]))),
         (word[:-1] + "?", where(lambda name: name[:-1] == word[:-1])),
-        (lambda path, _: path == word, {one}),
-        (lambda _, leaf: type(leaf) is kind, {path for path, leaf in flat(params).items() if type(leaf) is kind}),
-        (mask, some),
-        (dressed(mask, draw(kinds())), some),
-        (jax.tree.map(lambda _: True, params), set(paths)),  # boxes stay in it
-        draw(prefixes(params)),
+        (lambda path, _: f"{path}/".startswith(f"{word}/"), {path for path in single if path[: len(one)] == one}),
+        (lambda _, leaf: type(leaf) is kind, {path for path, leaf in single.items() if type(leaf) is kind}),
+        (mask, chosen_by_mask),
+        (dressed(mask, draw(kinds())), chosen_by_mask),
+        (jax.tree.map(lambda _: True, params), set(single)),  # boxes stay in it
+        (begun, within(params, by_prefix)),
     ]
     if draw(st.booleans()):
-        single: tuple[Any, set[Path]] = draw(st.sampled_from(every))
-        return single
+        alone: tuple[Any, set[Path]] = draw(st.sampled_from(every))
+        return alone
     several = draw(st.lists(st.sampled_from(every[1:]), min_size=1, max_size=3))
     filters, chosen = zip(*several, strict=True)
     several_as: Any = draw(st.sampled_from([list, tuple]))

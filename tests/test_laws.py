@@ -24,7 +24,7 @@ OPTIMIZERS = some.OPTIMIZERS
 
 def assert_same_leaves(left: Any, right: Any) -> None:
     """The very same objects at the same places, in plain dicts: nothing was copied, cast or unboxed."""
-    left, right = some.flat(left), some.flat(right)
+    left, right = some.arrays(left), some.arrays(right)
     assert left.keys() == right.keys()
     assert all(left[path] is right[path] for path in left)
 
@@ -91,8 +91,8 @@ def test_merge_is_the_inverse_of_split(data: st.DataObject) -> None:
     before = jax.tree.structure(plain), dict(some.flat(plain))
     trainable, chosen = data.draw(some.trainables(plain["params"]))
     params, state = fs.split_params(given_variables, trainable=trainable)
-    assert some.flat(params).keys() == chosen  # as chosen without the library's own filters
-    assert some.flat(state.get("params", {})).keys() == some.flat(plain["params"]).keys() - chosen
+    assert some.arrays(params).keys() == chosen  # as chosen without the library's own filters
+    assert some.arrays(state.get("params", {})).keys() == some.arrays(plain["params"]).keys() - chosen
     merged = fs.merge_state(params, state)
     assert_same_leaves(merged, plain)
     assert structure(merged) == structure(plain)  # empty branches too
