@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ._carry import is_given, survives
-from ._checks import checked
+from ._carry import is_given
+from ._checks import checked, survives
 from ._describe import ABSENT, Difference, describe, is_array, kind_of, strong
 from ._paths import entry_name
 from ._place import placed
-from ._refusals.carry import LIKE, TOO_WIDE, UNADOPTED, Place
+from ._refusals.carry import LIKE, TOO_WIDE, UNADOPTED, Place, wide
 from ._types import Carry
 
 T = TypeVar("T")
@@ -54,10 +54,9 @@ def adopt_carry(restored: Any, like: T, *, strict: bool = True) -> T:
     """
     LIKE.unless_all(is_array, like, "like")
     wanted, held = _by_path(like), _laid_out(restored, like)
+    TOO_WIDE.if_any(_too_wide(held, wanted), where="adopt_carry(restored, like)")
     found, wrong = _matched(held, wanted, strict)
     UNADOPTED.unless(not wrong, wrong, restored, held, wanted, lambda: _moved(held, wanted))
-    wide = (f"{leaf.name}: {describe(value)}, beyond 32 bits" for leaf, value in found if not survives(value))
-    TOO_WIDE.if_any(wide, where="adopt_carry(restored, like)")
     adopted: T = jax.tree.unflatten(jax.tree.structure(like), _alike(found))
     return adopted
 
@@ -96,6 +95,12 @@ def _laid_out(restored: Any, like: Any) -> dict[Place, Held]:
         return held
     own = [(), *((name,) for name in Carry._fields)]
     return {place if place[:1] in own else ("state", *place): each for place, each in held.items()}
+
+
+def _too_wide(held: Mapping[Place, Held], wanted: Mapping[Place, Held]) -> list[str]:
+    """Whole numbers that JAX would store as others."""
+    given = ((each.name, held[place].leaf) for place, each in wanted.items() if place in held)
+    return [f"{name}: {wide(leaf)}" for name, leaf in given if not survives(leaf)]
 
 
 def _matched(
@@ -180,7 +185,12 @@ def _unboxed(value: Any, leaf: Any) -> Any:
 
 
 def _type_of(value: Any, leaf: Any) -> Any:
-    """The shape and dtype; a Python scalar has no dtype of its own, and takes the leaf's where JAX would."""
+    """The shape and dtype; a Python scalar has no dtype of its own, and takes the leaf's where JAX would.
+
+    Whole numbers of 64 bits, as NumPy makes them of a list, are those that JAX makes of them.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+        return value.shape, jax.dtypes.canonicalize_dtype(value.dtype)
     return tuple(jnp.shape(value)), value.dtype if is_array(value) else jnp.result_type(value, leaf.dtype)
 
 

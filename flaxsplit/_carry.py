@@ -5,14 +5,13 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from ._checks import check_tx, checked
-from ._describe import describe, is_deleted, is_numeric, keyed_leaves, plain
+from ._checks import check_tx, checked, survives
+from ._describe import is_deleted, is_numeric, keyed_leaves, plain
 from ._place import placed
-from ._refusals.carry import APART, NOT_GIVEN, SHARDING, TOO_WIDE, UNINITIALIZED
+from ._refusals.carry import APART, NOT_GIVEN, SHARDING, TOO_WIDE, UNINITIALIZED, wide
 from ._types import AnyParams, Carry, Transformation, Tree
 
 T = TypeVar("T")
@@ -64,7 +63,7 @@ def _initialized(tx: Transformation, params: Any) -> Any:
 
 def _owned(tree: T, name: str) -> T:
     NOT_GIVEN.unless_all(is_given, tree, name)
-    TOO_WIDE.unless_all(survives, tree, name, say=_wide, where="init_carry(params, state, tx)")
+    TOO_WIDE.unless_all(survives, tree, name, say=wide, where="init_carry(params, state, tx)")
     owned: T = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jax.typeof(leaf).dtype, copy=True), tree)
     return owned
 
@@ -72,18 +71,6 @@ def _owned(tree: T, name: str) -> T:
 def is_given(leaf: Any) -> bool:
     """Tells what has a value that can be copied."""
     return is_numeric(leaf) and not is_deleted(leaf)
-
-
-def survives(leaf: Any) -> bool:
-    """Tells what JAX stores as the number that it is: of 64-bit whole numbers, what fits into its 32."""
-    if isinstance(leaf, jax.Array | bool) or np.asarray(leaf).dtype.kind not in "iuO" or not np.size(leaf):
-        return True
-    limits = np.iinfo(jax.dtypes.canonicalize_dtype(np.int64 if isinstance(leaf, int) else leaf.dtype))
-    return bool(limits.min <= np.min(leaf) and np.max(leaf) <= limits.max)
-
-
-def _wide(leaf: Any) -> str:
-    return f"{describe(leaf)}, beyond 32 bits"
 
 
 def _placed(carry: Carry, sharding: Sharding | None) -> Carry:

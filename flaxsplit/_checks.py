@@ -16,6 +16,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 
 from ._describe import is_numeric
 from ._errors import Explained
@@ -35,6 +36,15 @@ def is_function(fn: Any) -> bool:
 def is_inexact(leaf: Any) -> bool:
     """Tells what has a gradient."""
     return is_numeric(leaf) and bool(jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact))
+
+
+def survives(leaf: Any) -> bool:
+    """Tells what JAX stores as the number that it is: of 64-bit whole numbers, what fits into its 32."""
+    is_stored = isinstance(leaf, jax.Array | bool) or not is_numeric(leaf)
+    if is_stored or np.asarray(leaf).dtype.kind not in "iuO" or not np.size(leaf):
+        return True
+    limits = np.iinfo(jax.dtypes.canonicalize_dtype(np.int64 if isinstance(leaf, int) else leaf.dtype))
+    return bool(limits.min <= np.min(leaf) and np.max(leaf) <= limits.max)
 
 
 def check_tx(where: str, tx: Any) -> None:

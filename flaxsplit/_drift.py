@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 
+from ._checks import survives
 from ._describe import alike, strong
-from ._refusals.carry import DRIFT
+from ._refusals.carry import DRIFT, TOO_WIDE, wide
 
 
 def check_drift(where: str, name: str, before: Any, after: Any) -> Any:
@@ -13,6 +14,7 @@ def check_drift(where: str, name: str, before: Any, after: Any) -> Any:
 
     Costs a comparison per leaf while tracing. The words are looked for only once something differs.
     """
+    TOO_WIDE.unless_all(survives, after, name, say=wide, where=where)
     after = jax.tree.map(strong, after)
     DRIFT.unless(alike(before, after), where, name, before, after)
     return after

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ._checks import checked
+from ._checks import checked, survives
 from ._describe import ABSENT, Difference, describe, is_array, kind_of, wraps
 from ._errors import CollectionError, SignatureError, StateDriftError
 from ._filters import choose
@@ -19,6 +19,7 @@ from ._jaxprs import source
 from ._linear import noted
 from ._mutable import HIDDEN
 from ._paths import Path, flatten, joined, keyed, unflatten
+from ._refusals.carry import TOO_WIDE, wide
 from ._refusals.nnx import METHOD, NOTHING_CHOSEN, REFERENCES, WITHOUT_VALUE, WRITTEN
 from ._split import check_mappings, check_names
 from ._types import AnyParams, Params, State, Stateful, Trainable, Tree
@@ -185,6 +186,8 @@ def to_nnx(module: M, params: AnyParams, state: Tree) -> M:
     _check_values(where, slots, leaves)
     own = {name: tree for name, tree in state.items() if name not in ("ema", "extra")}
     found = _found(where, slots, params, own, strict=True)
+    too_wide = (f"{keyed(path[1:], path[0])}: {wide(leaf)}" for path, leaf in found.items() if not survives(leaf))
+    TOO_WIDE.if_any(too_wide, where=where)
     wrong: list[Difference] = []
     for (path, leaf), own in zip(found.items(), leaves, strict=True):
         if _type_of(leaf) != _type_of(own):

@@ -6,8 +6,9 @@ from typing import Any, Concatenate, ParamSpec, overload
 import jax
 import jax.numpy as jnp
 
-from ._checks import checked, is_function, two_of
+from ._checks import checked, is_function, survives, two_of
 from ._describe import Difference, describe, is_array, is_numeric, keyed_leaves, kind_of, plain, same_structure, strong
+from ._refusals.carry import TOO_WIDE, wide
 from ._refusals.run import ENDLESS, FORM, NO_SHAPE, RESTRUCTURED, SETTLE, SETTLE_FN, UNREACHED
 from ._split import check_halves
 from ._types import Abstract, AnyParams, State, Tree
@@ -53,7 +54,7 @@ def settle_state(
         The state, its leaves broadcast or cast.
 
     Raises:
-        SignatureError: `fn` is no function, or a leaf is no array.
+        SignatureError: `fn` is no function, a leaf is no array, or a whole number is beyond JAX's bits.
         StateDriftError: structure changes, shapes grow for ever, or a leaf cannot be broadcast to what comes out.
     """
     return _settled(fn, params, state, args, kwargs)
@@ -65,6 +66,7 @@ def _settled(fn: Callable[..., Any], params: AnyParams, state: Tree, args: Any, 
     check_halves(SETTLE, params, state)
     leaves = keyed_leaves(params, "params") | keyed_leaves(state, "state")
     NO_SHAPE.if_any(f"{path}: {kind_of(leaf)}" for path, leaf in leaves.items() if not _has_shape(leaf))
+    TOO_WIDE.unless_all(survives, state, "state", say=wide, where=SETTLE)
     start = plain(state)
     end = _fixed_point(_one_call(fn, params, args, kwargs), jax.tree.map(_shape_of, start))
     return _brought_to(start, end)
@@ -75,7 +77,8 @@ def _has_shape(leaf: Any) -> bool:
 
 
 def _shape_of(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(getattr(leaf, "shape", ()), getattr(leaf, "dtype", None) or jnp.result_type(leaf))
+    kind = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)  # of NumPy's i64 JAX makes i32
+    return jax.ShapeDtypeStruct(kind.shape, kind.dtype)
 
 
 def _fixed_point(shapes_after: Callable[[State], State], shapes: State) -> State:

@@ -1632,8 +1632,45 @@ def test_a_number_that_jax_would_store_as_another(count: Any) -> None:
     if np.ndim(count) == 0:
         error = fails(fs.SignatureError, fs.adopt_carry, {"seen": int(count)}, {"seen": jnp.int32(0)})
         assert error.leaves == ("carry['seen']: int, beyond 32 bits",)
+    error = fails(fs.SignatureError, fs.adopt_carry, {"seen": np.asarray(count)}, {"seen": jnp.zeros_like(count)})
+    assert error.where == "adopt_carry(restored, like)"
+    assert error.leaves[0].endswith(", beyond 32 bits")
+    error = fails(fs.SignatureError, fs.settle_state, lambda params, state: (0, state), {}, {"data": {"seen": count}})
+    assert error.where == "settle_state(fn, params, state, ...)"
+    assert error.leaves[0].endswith(", beyond 32 bits")
     carry = fs.init_carry({"w": jnp.ones(3)}, {"data": {"seen": np.int64(3_000)}}, TX)
     assert int(carry.state["data"]["seen"]) == 3_000
+    settled = fs.settle_state(lambda params, state: (0, state), {}, {"data": {"seen": np.int64(3_000)}})
+    assert (int(settled["data"]["seen"]), settled["data"]["seen"].dtype) == (3_000, jnp.int32)
+
+
+@needs_x32
+@pytest.mark.parametrize("count", [3_000_000_000, np.int64(3_000_000_000)])
+def test_a_number_that_a_step_makes_too_wide(count: Any) -> None:
+    step = returning(lambda params, state, batch: (params["w"].sum(), {"data": {"seen": count}}))
+    error = fails(fs.SignatureError, step, one(data={"seen": jnp.int32(0)}), X)
+    assert error.leaves[0].startswith("state['data']['seen']: ")
+    assert error.where == "value_and_grad(loss_fn)"
+
+
+@needs_x32
+def test_a_number_that_a_module_of_nnx_would_keep_as_another() -> None:
+    class Counted(nnx.Module):
+        def __init__(self) -> None:
+            self.calls, self.w = nnx.Cache(jnp.int32(0)), nnx.Param(jnp.ones(2))
+
+    model = Counted()
+    _, params, _ = fs.from_nnx(model)
+    error = fails(fs.SignatureError, fs.to_nnx, model, params, {"cache": {"calls": np.int64(3_000_000_000)}})
+    assert error.leaves == ("state['cache']['calls']: i64[], beyond 32 bits",)
+
+
+@needs_x32
+def test_whole_numbers_that_numpy_widened_are_adopted() -> None:
+    carry = one(data={"seen": jnp.arange(3)})
+    adopted = fs.adopt_carry(carry._replace(state={"data": {"seen": np.array([5, 6, 7])}}), carry)
+    assert adopted.state["data"]["seen"].dtype == jnp.int32
+    np.testing.assert_array_equal(adopted.state["data"]["seen"], [5, 6, 7])
 
 
 def test_a_negated_glob() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax.core import freeze
 
-from flaxsplit._describe import ABSENT, Difference, differences, place_of, same_structure, strong
+from flaxsplit._describe import ABSENT, Difference, describe, differences, place_of, same_structure, strong
 from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError, StateDriftError
 
 Place = tuple[str, ...]
@@ -43,6 +43,13 @@ TOO_WIDE = Refusal(
     "a number of 64 bits: JAX has 32, unless jax_enable_x64 is set, and would store another number",
     "jax.config.update('jax_enable_x64', True), or a count in another unit",
 )
+
+
+def wide(leaf: Any) -> str:
+    """Says a number that does not fit."""
+    return f"{describe(leaf)}, beyond 32 bits"
+
+
 SHARDING = Refusal(
     SignatureError,
     "init_carry(sharding=...)",
