@@ -16,7 +16,7 @@ from ._refusals.apply import (
     ARGUMENTS,
     AT_CALL,
     CAPTURE,
-    FLAX,
+    CAPTURED_STATE,
     FORM,
     METHOD,
     METHOD_OF_APPLY,
@@ -26,6 +26,7 @@ from ._refusals.apply import (
     NOTHING_SOWN,
     UNTOUCHED,
 )
+from ._refusals.upstream import FLAX
 from ._split import check_halves, merge_state
 from ._types import OVERWRITTEN, AnyParams, ApplyFn, LinenModule, Mutable, State, Stateful, Tree
 from ._upstream import is_nn_apply, reopened
@@ -39,6 +40,9 @@ Captured = dict[str, Any]
 
 HIDDEN = frozenset({"rngs", "ema", "extra"})
 """Collections that a model never sees."""
+
+_READ = frozenset({"params", "batch_stats", "cache"})
+"""Collections that layers of Flax read: taken out of the state to be captured, they would be made anew at each call."""
 
 
 @overload  # a method of the module's class
@@ -129,6 +133,7 @@ def with_mutable(
     def stateful(params: AnyParams, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
         check_halves("with_mutable(fn)", params, state)
         AT_CALL.unless("mutable" not in kwargs, "mutable= in the call")
+        CAPTURED_STATE.if_any(f"{name!r} is in the state" for name in captured if name in state and name in _READ)
         visible = {name: tree for name, tree in state.items() if name not in HIDDEN and name not in captured}
         variables = merge_state(params, visible)
         names = _mutable_names(mutable, visible)
@@ -197,5 +202,6 @@ def _warn_untouched(names: Sequence[str], before: Tree, after: Tree) -> None:
 
 
 def _sown(captured: tuple[str, ...], updated: Mapping[str, Any]) -> Captured:
-    NOTHING_SOWN.if_any(f"{name!r}: nothing was sown" for name in captured if name not in updated)
+    missing = [name for name in captured if name not in updated]
+    NOTHING_SOWN.unless(not missing, missing)
     return {name: plain(updated[name]) for name in captured}

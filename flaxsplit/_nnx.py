@@ -365,13 +365,24 @@ def _check_slots(before: Mapping[_Slot, Any], after: Mapping[_Slot, Any]) -> Non
     gone = [
         Difference(keyed(slot.place, "state"), describe(before[slot]), ABSENT) for slot in before if slot not in after
     ]
+    kind = _named({slot.collection for slot in after if slot not in before})
     raise StateDriftError(
         "from_nnx(module)",
         "a call must leave the module with the variables that it had",
         [str(each) for each in come + gone],
         "self.sow, or a variable made in __call__",
-        "make it in __init__, or hand it out: from_nnx(m, method=lambda m, x: (m(x), nnx.pop(m, nnx.Intermediate)))",
+        f"make it in __init__, or hand it out: from_nnx(m, method=lambda m, x: (m(x), nnx.pop(m, {kind})))",
     )
+
+
+def _named(collections: set[str]) -> str:
+    """The type of variable that a collection is of, as its user writes it."""
+    name = min(collections, default="intermediates")
+    try:
+        kind = nnx.variable_type_from_name(name)
+    except ValueError:  # named by its class
+        return name
+    return f"nnx.{kind.__name__}" if hasattr(nnx, kind.__name__) else kind.__name__
 
 
 def _raise_changed(before: Any, after: Any) -> None:

@@ -68,6 +68,16 @@ def collection_in(error: Exception) -> str:
     return _quoted(r'collection "([^"]+)"', error) or "params"
 
 
+def place_in(error: Exception) -> str:
+    """The module that reads or writes, by its path."""
+    return repr(_quoted(r'" in "([^"]+)"', error) or "/")
+
+
+def is_about_shape(error: Exception, shape: tuple[int, ...]) -> bool:
+    """Whether JAX could not broadcast an array of this shape. Its error says no more than the shapes."""
+    return "ncompatible shapes" in str(error) and str(shape) in str(error)
+
+
 def param_in(error: Exception) -> tuple[str, str] | None:
     """The name of a param and its module; the rest of the sentence differs by version."""
     found = re.search(r'parameter "([^"]+)" in "([^"]+)"', str(error))

@@ -12,8 +12,8 @@ from ._checks import check_count, checked, is_function, two_of
 from ._describe import keyed_leaves, same_leaves, wraps
 from ._lanes import axes_by_argument, axes_by_collection, lane_count, lane_keys
 from ._linear import noted
-from ._refusals.apply import RNGS
 from ._refusals.lanes import BOUND, COLLECTIONS, FORM, SPLIT_RNGS, STATE_AXES, UNSYNCED, VMAP_FN
+from ._refusals.upstream import RNGS
 from ._rngs import are_keys, draw
 from ._split import check_halves
 from ._types import Axes, State, StatefulT, Tree

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
-from tests.models import MLP, BiasAdder, Dropping, X, Y
+from tests.models import MLP, BiasAdder, Dropping, X, Y, structure
 
 from .flags import needs_jit, needs_promotion, needs_x32
 
@@ -505,17 +505,24 @@ def test_variables_instead_of_a_module() -> None:
     """)
 
 
+class Coder(nn.Module):
+    """Has a method beside `__call__`."""
+
+    def encode(self, x: Any) -> Any:
+        return x
+
+
 @pytest.mark.parametrize(
     ("name", "fix"),
-    [("decode", "with_mutable(model, method=Model.decode)"), ("appply", "with_mutable(model, method='apply')")],
+    [("generate", "with_mutable(model, method=Model.decode)"), ("encod", "with_mutable(model, method='encode')")],
 )
 @pytest.mark.parametrize("of", [lambda model: model, lambda model: model.apply], ids=["module", "apply"])
 def test_a_method_that_the_module_does_not_have(name: str, fix: str, of: Any) -> None:
-    error = fails(fs.SignatureError, fs.with_mutable, of(MLP(4)), method=name)
+    error = fails(fs.SignatureError, fs.with_mutable, of(Coder()), method=name)
     assert str(error) == whole(f"""
     with_mutable(method=...): method must be a method of the module, or its name
       got:
-        method: MLP has no {name!r}
+        method: Coder has no {name!r}
       likely cause: a misspelt method, or one of another model
       fix: {fix}
     """)
@@ -646,9 +653,13 @@ def test_mutable_forgotten() -> None:
       got:
         Cannot update variable "mean" in "/BatchNorm_0" because collection "batch_stats" is immutable.
         mutable: []
-      likely cause: 'batch_stats' is not among the mutable collections
-      fix: with_mutable(fn, mutable=['batch_stats'])
+      likely cause: 'batch_stats' is not among the mutable collections, and the layer '/BatchNorm_0' is in a mode that \
+writes to it
+      fix: with_mutable(fn, mutable=['batch_stats']); or, where it is to stay as it is, '/BatchNorm_0' in the mode \
+that only reads: use_running_average=True, train=False
     """)
+    _, same = fs.with_mutable(model, mutable=False)(params, state, X, train=False)
+    assert structure(same) == structure(state)
     _, new_state = fs.with_mutable(model, mutable=["batch_stats"])(params, state, X, train=True)
     assert new_state.keys() == state.keys()
 
@@ -760,6 +771,99 @@ def test_capture_of_nothing() -> None:
       likely cause: a misspelt collection, or the model sows only in another mode
       fix: self.sow('intermediates', name, value) with capture='intermediates'
     """)
+
+
+class Penalty(nn.Module):
+    """Sows a loss of its own."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        y = nn.Dense(2)(x)
+        self.sow("losses", "l2", (y**2).sum())
+        return y
+
+
+def test_capture_of_nothing_by_its_name() -> None:
+    error = fails(fs.CollectionError, fs.with_mutable(nn.Dense(2), capture="losses"), *halves(nn.Dense(2), X), X)
+    assert error.fix == "self.sow('losses', name, value) with capture='losses'"
+    (_, sown), _ = fs.with_mutable(Penalty(), capture="losses")(*halves(Penalty(), X), X)
+    assert len(sown["losses"]["l2"]) == 1
+
+
+@needs_x32
+def test_a_sown_collection_in_the_state() -> None:
+    params, state = halves(Penalty(), X)
+
+    def loss_fn(params: Any, state: Any, batch: Any) -> Any:
+        out, state = fs.with_mutable(Penalty())(params, state, batch)
+        return out.mean(), state
+
+    error = fails(fs.StateDriftError, fs.with_optimizer(loss_fn, TX), fs.init_carry(params, state, TX), X)
+    assert str(error) == whole("""
+    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what went in
+      got:
+        state['losses']['l2'][1]: absent -> f32[]
+      likely cause: the model sows into 'losses', and each call adds to what the state holds of it
+      fix: with_mutable(model, capture='losses'), whose out is (out, {'losses': ...})
+    """)
+    error = fails(fs.StateDriftError, fs.settle_state, fs.with_mutable(Penalty()), params, state, X)
+    assert (error.cause, error.fix) == ("the model sows into 'losses'", "with_mutable(model, capture='losses')")
+
+    def fixed(params: Any, state: Any, batch: Any) -> Any:
+        (_, sown), state = fs.with_mutable(Penalty(), capture="losses")(params, state, batch)
+        return sum(sown["losses"]["l2"]), state
+
+    assert fs.with_optimizer(fixed, TX)(fs.init_carry(params, state, TX), X)[1].shape == ()
+
+
+def test_capture_of_what_the_model_reads() -> None:
+    model = MLP(axis_name=None)
+    params, state = halves(model, X)
+    error = fails(fs.CollectionError, fs.with_mutable(model, capture="batch_stats"), params, state, X, train=True)
+    assert str(error) == whole("""
+    with_mutable(capture=...): what is captured must be sown, and must not be the state that layers read
+      got:
+        'batch_stats' is in the state
+      likely cause: the new state was wanted, which is the second result
+      fix: out, new_state = with_mutable(fn)(params, state, x)
+    """)
+    _, made = fs.with_mutable(model, capture="batch_stats")(params, {}, X, train=True)[0]
+    assert structure(made) == structure({"batch_stats": state["batch_stats"]})
+
+
+def test_a_collection_in_the_place_of_the_state() -> None:
+    model = MLP(axis_name=None)
+    params, state = halves(model, X)
+    error = fails(fs.CollectionError, fs.with_mutable(model), params, state["batch_stats"], X, train=True)
+    assert error.cause == "state['batch_stats'] was passed, and not the state"
+    assert error.fix == "fn(params, {'batch_stats': ...}, x), or the whole state"
+
+
+class Perturbed(nn.Module):
+    """Can be asked for the gradient of a hidden value."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(2)(self.perturb("hidden", nn.Dense(3)(x)))
+
+
+def test_a_perturbation_of_another_batch() -> None:
+    params, state = halves(Perturbed(), X)
+    apply = fs.with_mutable(Perturbed())
+    error = fails(fs.CollectionError, apply, params, state, X[:5])
+    assert error.leaves[0] == "state['perturbations']['hidden']: f32[32,3]"
+    assert str(error) == whole(f"""
+    with_mutable(fn): a perturbation must have the shape of what it is added to
+      got:
+        state['perturbations']['hidden']: f32[32,3]
+        {str(error.__cause__).splitlines()[0]}
+      likely cause: x has another batch size than at module.init, which made the perturbations
+      fix: state | {{'perturbations': module.init(key, x)['perturbations']}} with the x of the call; or a state \
+without 'perturbations', where nothing is perturbed
+    """)
+    with pytest.warns(fs.UntouchedStateWarning):
+        apply(params, state | {"perturbations": Perturbed().init(KEY, X[:5])["perturbations"]}, X[:5])
+    apply(params, {}, X[:5])
 
 
 def test_an_apply_function_that_returns_one_thing() -> None:
@@ -1776,6 +1880,16 @@ def test_ema_of_other_params() -> None:
     """)
 
 
+def test_ema_of_a_model() -> None:
+    step = fs.with_ema(fs.with_optimizer(squares, TX), decay=0.9)
+    error = fails(fs.CollectionError, step, one(ema={"codes": X}), jnp.ones(3))
+    assert error.cause == "a collection of the model's own is named 'ema', or the average is of other params"
+    assert error.fix == (
+        "another name for the model's own collection, self.variable('averages', ...); or "
+        "carry._replace(state={**carry.state, 'ema': jax.tree.map(jnp.copy, carry.params)})"
+    )
+
+
 def test_ema_in_another_precision_is_no_mistake() -> None:
     step = fs.with_ema(fs.with_optimizer(squares, TX), decay=0.9)
     params = {"w": jnp.ones(3, jnp.bfloat16)}
@@ -2225,8 +2339,8 @@ def test_a_stream_that_is_no_key() -> None:
     with_rngs(fn): state['rngs'] must hold one PRNG key per stream
       got:
         state['rngs']['dropout']: int
-      likely cause: a seed, or another collection, is there
-      fix: state | rng_state(dropout=jax.random.key(0))
+      likely cause: a seed is there, or a collection of the model's own that is named 'rngs'
+      fix: state | rng_state(dropout=jax.random.key(0)); or another name for the model's own collection
     """)
     assert fails(fs.SignatureError, fn, params, state | {"rngs": KEY}, X).leaves == ("state['rngs']: key<fry>[]",)
 

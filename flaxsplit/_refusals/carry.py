@@ -9,6 +9,8 @@ from flax.core import freeze
 from flaxsplit._describe import ABSENT, Difference, describe, differences, place_of, same_structure, strong
 from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError, StateDriftError
 
+from .options import sown_in
+
 Place = tuple[str, ...]
 
 _INIT = "init_carry(params, state, tx)"
@@ -193,6 +195,10 @@ def _cause_and_fix(name: str, changed: list[Difference]) -> tuple[str, str]:
     if kind == "structure" and [each.path for each in changed] == [name]:
         return "something else was returned where the new state is due: (loss, aux), new_state needs has_aux=True", (
             "return loss, new_state" if name == "state" else "return carry, out"
+        )
+    if kind == "structure" and (sown := sown_in(changed)):
+        return f"the model sows into {sown!r}, and each call adds to what the state holds of it", (
+            f"with_mutable(model, capture={sown!r}), whose out is (out, {{{sown!r}: ...}})"
         )
     return {
         "structure": (

@@ -1,7 +1,7 @@
 """Refusals of what guards and averages a carry."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flaxsplit._describe import ABSENT, describe, differences
@@ -50,6 +50,15 @@ def decay_of(decay: Any) -> str:
     return f"decay: {decay!r}" if isinstance(decay, int | float) else f"decay: {describe(decay)}"
 
 
+_EMA = Refusal(
+    CollectionError,
+    "with_ema(step)",
+    "state['ema'] must have the structure of the params (params -> ema)",
+    "$cause",
+    "$fix",
+)
+
+
 @Guess
 def EMA(averaged: Any, state: Any, source: str) -> Explained:  # noqa: N802
     """An average of another structure than what it is of. The fix keeps what was averaged, where it fits."""
@@ -57,10 +66,14 @@ def EMA(averaged: Any, state: Any, source: str) -> Explained:  # noqa: N802
     fits = "ema" in state and all(ABSENT in each for each in changed)
     anew = f"carry._replace(state={{**carry.state, 'ema': jax.tree.map(jnp.copy, {source})}})"
     wider = f"adopt_carry(carry, init_carry(carry.params, {{**carry.state, 'ema': {source}}}, tx), strict=False)"
-    return CollectionError(
-        "with_ema(step)",
-        "state['ema'] must have the structure of the params (params -> ema)",
-        [str(each) for each in changed],
-        "the average was not put into the state" if "ema" not in state else "it belongs to other params",
-        wider if fits else anew,
-    )
+    if "ema" in state and _shares_nothing(averaged, state["ema"]):
+        cause = "a collection of the model's own is named 'ema', or the average is of other params"
+        fix = f"another name for the model's own collection, self.variable('averages', ...); or {anew}"
+        return _EMA(*map(str, changed), cause=cause, fix=fix)
+    cause = "it belongs to other params" if "ema" in state else "the average was not put into the state"
+    return _EMA(*map(str, changed), cause=cause, fix=wider if fits else anew)
+
+
+def _shares_nothing(averaged: Any, ema: Any) -> bool:
+    """Whether no name of the one is one of the other."""
+    return isinstance(averaged, Mapping) and isinstance(ema, Mapping) and bool(ema) and averaged.keys().isdisjoint(ema)

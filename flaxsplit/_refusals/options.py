@@ -1,10 +1,11 @@
 """Arguments of another form: the rows that many combinators share."""
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flaxsplit._describe import describe
+from flaxsplit._describe import ABSENT, Difference, describe
 from flaxsplit._errors import Explained, Guess, Refusal, SignatureError
 
 _ELSE = "something else was passed, or the arguments are in another order"
@@ -35,6 +36,16 @@ def unbound(fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[st
     except TypeError as why:
         return str(why), [*signature.parameters]
     return "", [*signature.parameters]
+
+
+_SOWN = re.compile(r"state\['([^']+)'\].*\[\d+\]$")
+
+
+def sown_in(changed: Sequence[Difference]) -> str | None:
+    """The collection whose tuples grew, if that is all that changed: a model sowed into a collection of the state."""
+    found = [_SOWN.search(each.path) if each.before == ABSENT else None for each in changed]
+    names = {each[1] if each else None for each in found}
+    return names.pop() if len(names) == 1 else None
 
 
 @Guess

@@ -6,7 +6,7 @@ from typing import Any
 from flaxsplit._describe import describe, differences
 from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError, StateDriftError
 
-from .options import function
+from .options import function, sown_in
 
 # ---- named axes
 
@@ -46,8 +46,8 @@ NO_KEYS = Refusal(
     SignatureError,
     "with_rngs(fn)",
     "state['rngs'] must hold one PRNG key per stream",
-    "a seed, or another collection, is there",
-    "state | rng_state(dropout=jax.random.key(0))",
+    "a seed is there, or a collection of the model's own that is named 'rngs'",
+    "state | rng_state(dropout=jax.random.key(0)); or another name for the model's own collection",
 )
 OWN_RNGS = Refusal(
     SignatureError,
@@ -88,7 +88,11 @@ _ENDLESS = UNREACHED.but(
 @Guess
 def RESTRUCTURED(before: Any, after: Any) -> Explained:  # noqa: N802
     """A call changes the structure."""
-    return _RESTRUCTURED(*map(str, differences(before, after, "state")))
+    changed = differences(before, after, "state")
+    row, sown = _RESTRUCTURED, sown_in(changed)
+    if sown:
+        row = row.but(cause=f"the model sows into {sown!r}", fix=f"with_mutable(model, capture={sown!r})")
+    return row(*map(str, changed))
 
 
 @Guess
