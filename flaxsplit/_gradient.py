@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from ._axes import averaged, check_bound, devices_along, unsynced, varying
 from ._checks import check_count, checked, is_function, is_inexact
-from ._describe import describe, is_array, keyed_leaves, wraps
+from ._describe import describe, is_array, is_numeric, keyed_leaves, wraps
 from ._drift import check_drift
 from ._linear import noted, watched
 from ._lost import warn_of_lost
@@ -25,6 +25,7 @@ from ._refusals.improve import (
     UNSYNCED,
     ZERO_GRADIENT,
 )
+from ._refusals.many import OUT
 from ._types import OVERWRITTEN, AuxT, AxisName, BatchT, Carry, GivenLoss, GradFn, P, ParamsT, State, Tree
 from ._upstream import is_traced_with
 
@@ -73,7 +74,9 @@ def value_and_grad(
         has_aux: whether `loss_fn` returns `((loss, aux), new_state)`; the value is then `(loss, aux)`.
         microbatches: accumulates the mean gradient over so many parts of the batch, one after another, threading the
             state. Part `i` of `n` has the rows `i, i + n, i + 2n, ...`, so that on a mesh each device keeps its own.
-            Losses are averaged; `aux` comes out stacked, as from `jax.lax.scan`. Further arguments are not split.
+            Losses are averaged; `aux` comes out stacked, as from `jax.lax.scan`. Further arguments are not split. This
+            is the whole batch where the loss is a mean over rows, and only then: for a mean over what a mask leaves,
+            pass its count over the whole batch after the batch, and return `n * sum / count` of each part.
         axis_name: averages value and gradients over this axis of an enclosing `shard_map`, `pmap` or `vmap`.
         overwrite: a collection of the state whose gradient is its new value: the scales and amax histories of fp8. It
             is differentiated with the params, and joined over microbatches and devices by the elementwise maximum.
@@ -178,6 +181,7 @@ def _accumulated(
         def body(_sums: Any, _batch: Any) -> tuple[Any, Any]:
             _total, _most, _state = _sums
             (_loss, (_aux, _state)), (_grads, _new) = gradient(_state, _batch)
+            OUT.unless_all(is_numeric, _aux, "aux", say=describe, where="value_and_grad(loss_fn, microbatches=...)")
             _joined = jax.tree.map(jnp.add, _total, _grads), jax.tree.map(jnp.maximum, _most, _new)
             return (*_joined, _state), (_loss, _aux)
 

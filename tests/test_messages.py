@@ -1939,6 +1939,27 @@ def test_a_scanned_bare_carry_drifts() -> None:
     """)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_aux_that_cannot_be_stacked(parts: int) -> None:
+    def named(params: Any, state: Any, batch: Any) -> Any:
+        loss, state = squares(params, state, batch[0, 0])
+        return (loss, {"name": "mine", "n": 3}), state
+
+    step = fs.with_optimizer(named, TX, has_aux=True, microbatches=parts)
+    where = "scan_steps(step)" if parts == 1 else "value_and_grad(loss_fn, microbatches=...)"
+    leaf = "out[1]['name']" if parts == 1 else "aux['name']"
+    error = fails(fs.SignatureError, fs.scan_steps(step), one(), jnp.ones((3, 2, 1)))
+    assert str(error) == whole(f"""
+    {where}: every leaf of what is stacked must be an array or a number
+      got:
+        {leaf}: str
+      likely cause: names, records or objects are returned beside arrays
+      fix: return arrays and numbers alone; what does not change belongs outside the step
+    """)
+    if parts == 1:
+        assert step(one(), jnp.ones((2, 1)))[1][1]["name"] == "mine"  # nothing is stacked
+
+
 def test_batches_that_are_not_stacked() -> None:
     steps = fs.scan_steps(fs.with_optimizer(squares, TX))
     error = fails(fs.SignatureError, steps, one(), {"x": X, "y": Y[:8], "scale": 1.0})

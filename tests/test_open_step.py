@@ -555,3 +555,20 @@ def test_an_average_follows_the_updates_of_multi_steps() -> None:
         np.testing.assert_allclose(carry.state["ema"]["w"], average, rtol=1e-6)
     assert int(carry.step) == 12
     assert int(carry.opt_state.gradient_step) == 4
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_a_mean_over_tokens_in_parts_is_that_of_the_whole_batch(parts: int) -> None:
+    lengths = np.array([6, 6, 6, 6, 1, 1, 2, 1])
+    mask = jnp.asarray(np.arange(6) < lengths[:, None], jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (8, 6, 3))
+
+    def loss_fn(params: Any, state: Any, batch: Any, count: Any) -> Any:
+        x, mask = batch
+        return parts * (((x @ params["w"]) ** 2) * mask).sum() / count, state
+
+    w = {"w": jnp.arange(3.0)}
+    (loss, grads), _ = fs.value_and_grad(loss_fn, microbatches=parts)(w, {}, (x, mask), mask.sum())
+    by_hand = jax.value_and_grad(lambda w: (((x @ w["w"]) ** 2) * mask).sum() / mask.sum())(w)
+    np.testing.assert_allclose(loss, by_hand[0], rtol=1e-5)
+    np.testing.assert_allclose(grads["w"], by_hand[1]["w"], rtol=1e-5)

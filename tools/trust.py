@@ -27,7 +27,7 @@ WORDS = {
     "test_law_3_the_options_of_vmap": "3: each option of a map is `jax.vmap`'s, and each lane the model alone",
     "test_laws_4_and_6_the_loop_of_the_guide": "4 and 6: a step is the loop by hand; its average too",
     "test_law_5_scan": "5: a scan is the loop",
-    "test_law_5_microbatches": "5: microbatches are the whole batch",
+    "test_law_5_microbatches": "5: microbatches are the whole batch, of a loss that is a mean over rows",
     "test_law_8_mesh": "8: a mesh is one device",
     "test_a_settled_state_stays": "a settled state stays as it is, and one that cannot settle is named",
     "test_an_nnx_module_is_trained_as_by_nnx": "an NNX module's step is the loop of NNX",

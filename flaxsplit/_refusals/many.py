@@ -20,6 +20,13 @@ LEADING = Refusal(
     "a single batch was passed, or batches were stacked apart",
     "for batches in stack_batches(loader, 10): carry, outs = step(carry, batches)",
 )
+OUT = Refusal(
+    SignatureError,
+    "$where",
+    "every leaf of what is stacked must be an array or a number",
+    "names, records or objects are returned beside arrays",
+    "return arrays and numbers alone; what does not change belongs outside the step",
+)
 BATCHES = form("stack_batches(batches, size)", "batches must be an iterable of batches", "stack_batches(loader, 10)")
 BATCH = Refusal(
     SignatureError,
