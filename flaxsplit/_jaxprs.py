@@ -38,6 +38,7 @@ def _used_by(eqn: Any) -> list[Any]:
 
 
 def _called(eqn: Any) -> Any:
-    """What an equation runs with its own arguments: closed in `nnx.jit`, open in `nnx.remat`."""
-    called = eqn.params.get("jaxpr")
+    """What an equation runs with its own arguments: closed in `nnx.jit`, open in `nnx.remat`; `nnx.custom_vjp` names it
+    otherwise, by version."""
+    called = next((eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params), None)
     return getattr(called, "jaxpr", called)
