@@ -38,7 +38,6 @@ def _used_by(eqn: Any) -> list[Any]:
 
 
 def _called(eqn: Any) -> Any:
-    """What an equation runs with its own arguments: closed in `nnx.jit`, open in `nnx.remat`; `nnx.custom_vjp` names it
-    otherwise, by version."""
+    """What an equation runs with its own arguments: closed in `nnx.jit`, open in `nnx.remat` and `nnx.custom_vjp`."""
     called = next((eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params), None)
     return getattr(called, "jaxpr", called)

@@ -6,11 +6,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 import flax.linen as nn
-import jax
 from flax import core, errors
 
 from ._checks import checked, two_of
-from ._describe import plain, same_leaves, wraps
+from ._describe import plain, wraps
 from ._linear import noted
 from ._refusals.apply import (
     ARGUMENTS,
@@ -24,11 +23,11 @@ from ._refusals.apply import (
     MUTABLE,
     NOT_IN_STATE,
     NOTHING_SOWN,
-    UNTOUCHED,
 )
 from ._refusals.upstream import FLAX
 from ._split import check_halves, merge_state
-from ._types import OVERWRITTEN, AnyParams, ApplyFn, LinenModule, Mutable, State, Stateful, Tree
+from ._types import AnyParams, ApplyFn, LinenModule, Mutable, State, Stateful, Tree
+from ._untouched import warn_of_untouched
 from ._upstream import is_nn_apply, reopened
 
 P = ParamSpec("P")
@@ -119,7 +118,9 @@ def with_mutable(
         SignatureError: `fn` is not a module instance or apply function.
 
     Warns:
-        UntouchedStateWarning: collections were mutable and no leaf of any was written (`train=True` forgotten?).
+        UntouchedStateWarning: the model reads mutable collections and no leaf of any was written (`train=True`
+            forgotten?), or layers with batch statistics wrote none, while others wrote theirs. Silent where the params
+            of a layer are frozen; layers are not looked at where `mutable` names what is written.
 
     As `flax.linen.Module.apply`, but pure in `(params, state)` and of one return form.
     """
@@ -137,18 +138,24 @@ def with_mutable(
         visible = {name: tree for name, tree in state.items() if name not in HIDDEN and name not in captured}
         variables = merge_state(params, visible)
         names = _mutable_names(mutable, visible)
+        run = functools.partial(_call, apply, args, (*names, *captured), kwargs)
         try:
-            result = apply(variables, *args, mutable=(*names, *captured), **kwargs)
+            result = run(variables)
         except (errors.FlaxError, ValueError) as error:
             FLAX.instead_of(error, error, names, variables, state, kwargs.get("rngs"))
         except TypeError as error:
             ARGUMENTS.instead_of(error, error, stateful, (params, state, *args), kwargs)
         out, updated = two_of(result, "with_mutable(fn)", FORM)
         new_state = {**state, **{name: plain(updated[name]) for name in names if name in updated}}
-        _warn_untouched([name for name in names if name != OVERWRITTEN], variables, new_state)
+        is_named = not (mutable is ... or mutable is True)
+        warn_of_untouched(run, names, variables, new_state, params, state.get("params", {}), is_named)
         return ((out, _sown(captured, updated)) if captured else out), new_state
 
     return stateful
+
+
+def _call(apply: Any, args: Any, mutable: Any, kwargs: Any, variables: Any) -> Any:
+    return apply(variables, *args, mutable=mutable, **kwargs)
 
 
 def _apply_of(fn: Any, method: Any) -> Callable[..., Any]:
@@ -192,13 +199,6 @@ def _mutable_names(mutable: Mutable, visible: Mapping[str, Any]) -> tuple[str, .
     unknown = [name for name in named if name not in candidates]
     NOT_IN_STATE.unless(not unknown, unknown, candidates)
     return tuple(name for name in candidates if core.scope.in_filter(mutable, name))
-
-
-def _warn_untouched(names: Sequence[str], before: Tree, after: Tree) -> None:
-    """Flax hands an unwritten leaf back as the very same object, eagerly and while tracing, so identity decides."""
-    old, new = ([tree[name] for name in names] for tree in (before, after))
-    if jax.tree.leaves(old) and same_leaves(old, new):
-        UNTOUCHED.warn(names)
 
 
 def _sown(captured: tuple[str, ...], updated: Mapping[str, Any]) -> Captured:

@@ -861,8 +861,7 @@ def test_a_perturbation_of_another_batch() -> None:
       fix: state | {{'perturbations': module.init(key, x)['perturbations']}} with the x of the call; or a state \
 without 'perturbations', where nothing is perturbed
     """)
-    with pytest.warns(fs.UntouchedStateWarning):
-        apply(params, state | {"perturbations": Perturbed().init(KEY, X[:5])["perturbations"]}, X[:5])
+    apply(params, state | {"perturbations": Perturbed().init(KEY, X[:5])["perturbations"]}, X[:5])
     apply(params, {}, X[:5])
 
 

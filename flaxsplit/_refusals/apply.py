@@ -8,6 +8,7 @@ import flax.linen as nn
 
 from flaxsplit._describe import describe
 from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError, UntouchedStateWarning, said
+from flaxsplit._paths import Path, keyed
 from flaxsplit._types import RESERVED
 
 from .options import form, unbound
@@ -124,17 +125,27 @@ _UNTOUCHED = Refusal(
     "train=True (or use_running_average=False) was forgotten",
     "fn(params, state, x, train=True), or with_mutable(fn, mutable=False) to only read",
 )
-_UNTOUCHED_OR_NO_MODELS = _UNTOUCHED.but(
-    cause="they are not the model's own, or train=True was forgotten",
-    fix="state | {'extra': ...} for what no model sees; or fn(params, state, x, train=True)",
-)
+_UNTOUCHED_OR_CONSTANT = _UNTOUCHED.but(cause="train=True was forgotten, or what the model reads there is constant")
 
 
 @Guess
 def UNTOUCHED(names: Sequence[str]) -> Explained:  # noqa: N802
     """Collections that a call left as they were: Flax's own, or of a name that nobody knows."""
-    row = _UNTOUCHED if RESERVED & {*names} else _UNTOUCHED_OR_NO_MODELS
+    row = _UNTOUCHED if RESERVED & {*names} else _UNTOUCHED_OR_CONSTANT
     return row(*(f"{name}: no leaf written" for name in names))
+
+
+@Guess
+def UNTOUCHED_LAYERS(layers: Sequence[Path], written: Sequence[str]) -> Explained:  # noqa: N802
+    """Layers whose statistics stayed as they were, where others were written."""
+    return UntouchedStateWarning(
+        FN,
+        "each layer that keeps batch statistics should write them, where the call writes others",
+        [f"{keyed(path, 'state')}: no leaf written" for path in layers],
+        "train=True (or use_running_average=False) was forgotten, or does not reach these layers",
+        "fn(params, state, x, train=True), handed on to each layer. Where they are to stay as they are: "
+        f"split_params(variables, trainable=...) that freezes them, or with_mutable(fn, mutable={sorted(written)})",
+    )
 
 
 @Guess
