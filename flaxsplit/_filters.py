@@ -14,7 +14,8 @@ from ._types import Trainable, Tree
 
 def choose(trainable: Trainable | None, params: Mapping[Path, Any]) -> set[Path]:
     """Gives the paths that `trainable` chooses. What is empty is always chosen: there is nothing to freeze."""
-    leaves, owners = {}, {}
+    leaves: dict[Path, Any] = {}
+    owners: dict[Path, Path] = {}
     for path, param in params.items():
         inner = {} if isinstance(param, Mapping) else inside(path, param)
         leaves |= inner

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from ._checks import checked
-from ._describe import describe, plain
+from ._describe import describe, plain, same_structure
 from ._filters import choose
 from ._paths import Path, flatten, inside, is_container, keyed, unflatten
 from ._refusals.apart import NO_HALF, NO_MAPPING, NO_PARAMS, OVERLAP, SWAPPED, VARIABLES, WRAPPED_TWICE
@@ -106,8 +106,9 @@ def _are_halves(one: Any, other: Any) -> bool:
     """Whether two containers are of one structure, and each leaf is in one of them at most."""
     if not (is_container(one) and is_container(other)):
         return False
-    (ones, structure), (others, same) = (jax.tree.flatten(each, is_leaf=_is_hole) for each in (one, other))
-    return bool(structure == same) and all(a is None or b is None for a, b in zip(ones, others, strict=True))
+    ones, others = (jax.tree.leaves(each, is_leaf=_is_hole) for each in (one, other))
+    is_same = same_structure(*(jax.tree.map(_is_hole, each, is_leaf=_is_hole) for each in (one, other)))
+    return is_same and all(a is None or b is None for a, b in zip(ones, others, strict=True))
 
 
 def _either(one: Any, other: Any) -> Any:

@@ -18,7 +18,7 @@ _NEVER_WRITTEN = frozenset({OVERWRITTEN, "perturbations"})
 
 
 def warn_of_untouched(
-    run: Run, names: Sequence[str], variables: Tree, new_state: Tree, trained: Tree, frozen: Tree, named: bool
+    run: Run, names: Sequence[str], variables: Tree, new_state: Tree, trained: Any, frozen: Any, named: bool
 ) -> None:
     """Warns where no leaf of the mutable collections was written, or none of a layer that keeps batch statistics.
 
@@ -39,9 +39,7 @@ def warn_of_untouched(
             UNTOUCHED.warn([name for name in names if any(name == path[0] for path in found)])
 
 
-def _warn_of_layers(
-    run: Run, variables: Tree, after: Tree, trained: Tree, frozen: Tree, written: Sequence[str]
-) -> None:
+def _warn_of_layers(run: Run, variables: Tree, after: Tree, trained: Any, frozen: Any, written: Sequence[str]) -> None:
     old, new = _layers(variables["batch_stats"]), _layers(after)
     still = [layer for layer in old if same_leaves(old[layer], new.get(layer))]
     suspects = {("batch_stats", *layer) for layer in still if not _is_frozen(layer, trained, frozen)}
@@ -57,7 +55,7 @@ def _layers(tree: Tree) -> dict[Path, list[Any]]:
     return layers
 
 
-def _is_frozen(layer: Path, trained: Tree, frozen: Tree) -> bool:
+def _is_frozen(layer: Path, trained: Any, frozen: Any) -> bool:
     """Whether the params of a layer are frozen; where it has none, those of the nearest module around it that has."""
     for end in range(len(layer), -1, -1):
         own, other = (jax.tree.leaves(_at(tree, layer[:end])) for tree in (trained, frozen))

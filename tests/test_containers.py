@@ -33,7 +33,7 @@ class Net(nn.Module):
     def __call__(self, x: Any) -> Any:
         blocks = self.param("blocks", lambda key: [jax.random.normal(each, (3, 3)) for each in jax.random.split(key)])
         affine = self.param("affine", lambda key: Affine(jax.random.normal(key, (3, 1)), jnp.zeros(1)))
-        scale = self.param("scale", lambda _: {"a": jnp.ones(3), "rest": (jnp.zeros(3), None)})
+        scale: Any = self.param("scale", lambda _: {"a": jnp.ones(3), "rest": (jnp.zeros(3), None)})
         for block in blocks:
             x = jnp.tanh(x @ block) * scale["a"] + scale["rest"][0]
         return (x @ affine.w + affine.b)[:, 0]
@@ -74,7 +74,7 @@ def test_each_leaf_is_in_one_half_and_merged_again(trainable: Any, chosen: list[
     assert paths(params) == chosen
     assert sorted([*paths(params), *paths(state.get("params", {}))]) == ALL
     merged: Any = fs.merge_state(params, state)
-    assert jax.tree.structure(merged) == jax.tree.structure(VARIABLES)
+    assert structure(merged) == structure(VARIABLES)
     assert all(one is other for one, other in zip(jax.tree.leaves(merged), jax.tree.leaves(VARIABLES), strict=True))
     again = fs.split_params(merged, trainable=trainable)
     assert structure(again) == structure((params, state))
