@@ -221,7 +221,7 @@ RIGHT: dict[str, set[str]] = {
     "split_params(trainable=)": {"None", "a class"},  # a class is a predicate like any callable
     "merge_state(params)": _TREES | _UNREAD,
     "merge_state(state)": _TREES | _UNREAD,
-    "with_mutable(method=)": {"None", "a class", "a function"},
+    "with_mutable(method=)": {"None", "a function"},
     "with_mutable(capture=)": {"an empty dict"},
     "with_rngs(axis_name=)": {"None"},
     "vmap_stateful(axis_name=)": {"None", "a string"},
