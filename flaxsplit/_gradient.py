@@ -19,6 +19,7 @@ from ._refusals.improve import (
     INDIVISIBLE,
     LOSS_FN,
     MISRETURNED,
+    NO_BATCH,
     NOT_DIFFERENTIABLE,
     OVERWRITE,
     UNEVEN,
@@ -203,6 +204,7 @@ def _scan_parts(body: Callable[[Any, Any], tuple[Any, Any]], start: Any, batch: 
     In blocks of rows, a part would lie on one n-th of the devices of a mesh. Each part is sliced where it is used: a
     batch put in another order would be a second batch in memory.
     """
+    NO_BATCH.unless(jax.tree.leaves(batch), "no leaf in the batch", count=count)
     INDIVISIBLE.if_any(_indivisible(batch, count), count=count)
     UNEVEN.if_any(_uneven(batch, count), count=count)
     parts = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:]), batch)
@@ -216,8 +218,7 @@ def _scan_parts(body: Callable[[Any, Any], tuple[Any, Any]], start: Any, batch: 
 def _indivisible(batch: Any, count: int) -> list[str]:
     leaves = keyed_leaves(batch, "batch")
     fits = {path: is_array(leaf) and leaf.shape and not leaf.shape[0] % count for path, leaf in leaves.items()}
-    strange = [f"{path}: {describe(leaf)}" for path, leaf in leaves.items() if not fits[path]]
-    return strange if leaves else ["no leaf in the batch"]
+    return [f"{path}: {describe(leaf)}" for path, leaf in leaves.items() if not fits[path]]
 
 
 def _uneven(batch: Any, count: int) -> list[str]:

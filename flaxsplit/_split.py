@@ -130,7 +130,7 @@ def _is_empty(leaf: Any) -> bool:
 def _params_of(variables: Any) -> Tree:
     NO_MAPPING.unless(isinstance(variables, Mapping), variables=variables)
     tree = variables.get("params")
-    NO_PARAMS.unless(isinstance(tree, Mapping), f"collections: {sorted(map(str, variables))}")
+    NO_PARAMS.unless(isinstance(tree, Mapping), variables)
     is_wrapped = isinstance(tree.get("params"), Mapping) and RESERVED.issuperset(tree)
     WRAPPED_TWICE.unless(not is_wrapped, tree)
     params: Tree = tree

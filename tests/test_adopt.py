@@ -284,6 +284,20 @@ def test_an_nnx_optimizer_and_the_boxes_of_its_variables() -> None:
     assert_equal(fs.adopt_carry(boxed, like), like)
 
 
+def test_the_fix_for_a_schedule_that_came_is_run_as_it_is_printed() -> None:
+    restored = fs.init_carry({"w": jnp.ones(3)}, {}, optax.sgd(0.1))._replace(step=jnp.int32(7))
+    like = fs.init_carry({"w": jnp.ones(3)}, {}, optax.sgd(lambda count: 0.1))
+    with pytest.raises(fs.CollectionError) as caught:
+        fs.adopt_carry(restored, like)
+    assert caught.value.leaves == ("carry.opt_state[1].count: i32[] -> absent",)
+    anew, on = caught.value.fix.split("; to go on where the schedule would be, ")
+    names: Any = {"adopt_carry": fs.adopt_carry, "restored": restored, "like": like, "optax": optax}
+    exec(anew, names)  # noqa: S102 (the fix itself)
+    assert int(names["carry"].opt_state[1].count) == 0
+    exec(on, names)  # noqa: S102
+    assert int(names["carry"].opt_state[1].count) == int(names["carry"].step) == 7
+
+
 def test_a_count_of_another_width_is_the_same_count() -> None:
     carry = trained()
     same: list[Any] = [np.uint32(3), np.int64(3), jnp.uint32(3), np.array(3, np.uint8)]

@@ -1584,9 +1584,64 @@ def test_an_optimizer_that_drifts() -> None:
     HEAD: what comes out must have the structure, shapes and dtypes of what went in
       got:
         opt_state['count']: f32[] -> f32[1]
-      likely cause: tx gives opt_state another form than it took
-      fix: adopt_carry(carry, init_carry(carry.params, carry.state, tx), strict=False) with the tx of the step
+      likely cause: tx gives opt_state another form than it took: the carry was made with another tx
+      fix: init_carry(carry.params, carry.state, tx) with the tx of the step, whose state begins anew; or, where it is \
+of that tx already, a tx that keeps the shapes and dtypes of its state
     """).replace("HEAD", "apply_gradients(tx, carry, grads, new_state)")
+
+
+def test_a_carry_of_an_optimizer_of_another_precision() -> None:
+    saved, tx = optax.adam(0.1, mu_dtype=jnp.bfloat16), optax.adam(0.1)
+    carry = fs.init_carry({"w": jnp.ones(3)}, {}, saved)
+    step = fs.with_optimizer(squares, tx)
+    error = fails(fs.StateDriftError, step, carry, jnp.ones(3))
+    assert error.leaves[0].startswith("opt_state[0].mu['w']: bf16[3] -> f")
+    assert error.fix.startswith("init_carry(carry.params, carry.state, tx) with the tx of the step")
+    step(fs.init_carry(carry.params, carry.state, tx), jnp.ones(3))
+
+
+@needs_x32
+def test_aux_in_the_place_of_a_state() -> None:
+    step = returning(lambda params, state, batch: (params["w"].sum(), {"norm": batch}))
+    error = fails(fs.StateDriftError, step, one(), jnp.ones(3))
+    assert str(error) == whole("""
+    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what went in
+      got:
+        state['norm']: absent -> f32[3]
+      likely cause: aux was returned where the new state is due, or a collection that the state does not begin with
+      fix: return (loss, aux), new_state, and has_aux=True; or state | {'norm': ...} before init_carry
+    """)
+
+
+def test_a_step_that_returns_three_things() -> None:
+    error = fails(fs.SignatureError, fs.scan_steps(lambda carry, batch: (carry, batch, batch)), X, Y[None])  # type: ignore[arg-type,type-var,return-value]
+    assert str(error) == whole("""
+    scan_steps(step): must return two things: step(carry, batch) -> (carry, out)
+      got:
+        a tuple of 3
+      likely cause: a result is too many: what else is returned goes into one of the two
+      fix: step(carry, batch) -> (carry, out)
+    """)
+
+
+def test_microbatches_of_nothing() -> None:
+    step = fs.with_optimizer(squares, TX, microbatches=2)
+    error = fails(fs.SignatureError, step, one(), None)
+    assert error.leaves == ("no leaf in the batch",)
+    assert error.cause == "the batch holds no array, so that there is nothing to split"
+    assert error.fix == "microbatches=1, or the arrays that are to be split in batch"
+
+
+def test_params_without_names() -> None:
+    error = fails(fs.CollectionError, fs.split_params, {"params": [X]})
+    assert str(error) == whole("""
+    split_params(variables): variables['params'] must be a mapping
+      got:
+        variables['params']: list
+      likely cause: an array, a list or another object is there, which has no names
+      fix: split_params({'params': {'w': variables['params']}}), so that each param has a name
+    """)
+    fs.split_params({"params": {"w": [X]}})
 
 
 @needs_x32

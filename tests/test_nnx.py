@@ -552,6 +552,27 @@ def test_a_variable_made_in_the_call() -> None:
     """)
 
 
+class Losses(nnx.Variable[Any]):
+    """What a module sows, by a type of its own."""
+
+
+def test_a_sown_type_of_ones_own_is_named() -> None:
+    class Penalty(nnx.Module):
+        def __init__(self) -> None:
+            self.w = nnx.Param(jnp.ones(3))
+
+        def __call__(self, x: Any) -> Any:
+            self.l2 = Losses(jnp.sum(x))  # as self.sow does
+            return x
+
+    fn, params, state = fs.from_nnx(Penalty())
+    text = fails(fs.StateDriftError, fn, params, state, jnp.ones(3))
+    assert text.endswith("hand it out: from_nnx(m, method=lambda m, x: (m(x), nnx.pop(m, Losses)))")
+    popping, params, state = fs.from_nnx(Penalty(), method=lambda m, x: (m(x), nnx.pop(m, Losses)))
+    (out, sown), _ = popping(params, state, jnp.ones(3))
+    assert (out.shape, len(jax.tree.leaves(sown))) == ((3,), 1)
+
+
 class Counter(nnx.Module):
     """Counts its calls in a Python number, down in a module of it."""
 

@@ -20,13 +20,28 @@ NO_MAPPING = Refusal(
     "something else than what module.init returns was passed",
     "split_params(module.init(key, x))",
 )
-NO_PARAMS = Refusal(
+_NO_PARAMS = Refusal(
     CollectionError,
     _SPLIT,
     "variables must have a 'params' collection",
     "variables['params'] was passed instead of variables, or the model has no params",
     "split_params(module.init(key, x)), or split_params({'params': {}, **variables})",
 )
+_NO_TREE = _NO_PARAMS.but(
+    required="variables['params'] must be a mapping",
+    cause="an array, a list or another object is there, which has no names",
+    fix="split_params({'params': {'w': variables['params']}}), so that each param has a name",
+)
+
+
+@Guess
+def NO_PARAMS(variables: Any) -> Explained:  # noqa: N802 (a row as the others are)
+    """No params, or params that are no tree of names."""
+    if "params" in variables:
+        return _NO_TREE(f"variables['params']: {describe(variables['params'])}")
+    return _NO_PARAMS(f"collections: {sorted(map(str, variables))}")
+
+
 _WRAPPED_TWICE = Refusal(
     CollectionError,
     _SPLIT,

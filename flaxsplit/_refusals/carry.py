@@ -16,6 +16,10 @@ Place = tuple[str, ...]
 _INIT = "init_carry(params, state, tx)"
 _ADOPT = "adopt_carry(restored, like)"
 
+_RENEWED = (
+    "init_carry(carry.params, carry.state, tx) with the tx of the step, whose state begins anew; or, where it is of "
+    "that tx already, a tx that keeps the shapes and dtypes of its state"
+)
 WITH_TX = "adopt_carry(carry, init_carry(carry.params, carry.state, tx), strict=False) with the tx of the step"
 """What mends a carry of another optimizer, and loses nothing."""
 
@@ -164,15 +168,29 @@ def DRIFT(where: str, name: str, before: Any, after: Any) -> Explained:  # noqa:
     """What comes out is not of the form of what went in."""
     changed = differences(jax.tree.map(strong, before), after, name)
     part = _part_of(before, after) if name == "state" else None
+    if part is None and name == "state" and (other := _others(before, after)):
+        cause = "aux was returned where the new state is due, or a collection that the state does not begin with"
+        begins = "state | {" + ", ".join(f"{each!r}: ..." for each in other) + "} before init_carry"
+        lines = [str(each) for each in changed]
+        return StateDriftError(
+            where, _SAME, lines, cause, f"return (loss, aux), new_state, and has_aux=True; or {begins}"
+        )
     return StateDriftError(
         where,
-        "what comes out must have the structure, shapes and dtypes of what went in",
+        _SAME,
         [str(each) for each in changed],
         *(_cause_and_fix(name, changed) if part is None else (f"{part!r} was returned, and not the state", _WHOLE)),
     )
 
 
+_SAME = "what comes out must have the structure, shapes and dtypes of what went in"
 _WHOLE = "return loss, new_state"
+
+
+def _others(before: Any, after: Any) -> list[str]:
+    """The collections of a result that shares none with the state."""
+    are_trees = isinstance(before, Mapping) and isinstance(after, Mapping)
+    return sorted(map(str, after)) if are_trees and before.keys().isdisjoint(after) else []
 
 
 def _part_of(before: Any, after: Any) -> str | None:
@@ -189,9 +207,10 @@ def _kind_of(changed: list[Difference]) -> str:
 
 
 def _cause_and_fix(name: str, changed: list[Difference]) -> tuple[str, str]:
-    if name in ("params", "opt_state"):
-        return f"tx gives {name} another form than it took", WITH_TX
     kind = _kind_of(changed)
+    if name in ("params", "opt_state"):
+        cause = f"tx gives {name} another form than it took"
+        return (cause, WITH_TX) if kind == "structure" else (f"{cause}: the carry was made with another tx", _RENEWED)
     if kind == "structure" and [each.path for each in changed] == [name]:
         return "something else was returned where the new state is due: (loss, aux), new_state needs has_aux=True", (
             "return loss, new_state" if name == "state" else "return carry, out"

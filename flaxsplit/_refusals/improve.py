@@ -47,6 +47,10 @@ INDIVISIBLE = Refusal(
     "a ragged last batch, or what every microbatch shares (a key, a number) is in the batch",
     "drop or pad the last batch, or pass what is shared after the batch: step(carry, batch, key)",
 )
+NO_BATCH = INDIVISIBLE.but(
+    cause="the batch holds no array, so that there is nothing to split",
+    fix="microbatches=1, or the arrays that are to be split in batch",
+)
 UNEVEN = Refusal(
     SignatureError,
     "value_and_grad(loss_fn, microbatches=...)",

@@ -60,4 +60,7 @@ def COUNT(where: str, count: Any) -> Explained:  # noqa: N802 (a row as the othe
 def TWO(result: Any, where: str, form: str) -> Explained:  # noqa: N802
     """What must return two things."""
     came = f"a tuple of {len(result)}" if type(result) is tuple else describe(result)
-    return SignatureError(where, f"must return two things: {form}", [came], "a result is missing", form)
+    cause = "a result is missing"
+    if type(result) is tuple and len(result) > 2:
+        cause = "a result is too many: what else is returned goes into one of the two"
+    return SignatureError(where, f"must return two things: {form}", [came], cause, form)
