@@ -638,8 +638,8 @@ def test_a_loop_that_does_not_pass_a_collection_on() -> None:
       got:
         Cannot update variable "turns" in "/while_loop()" because collection "counts" is immutable.
         mutable: ['counts']
-      likely cause: 'counts' is mutable, but a lifted transform around the layer does not pass it on
-      fix: carry_variables='counts' in nn.while_loop, variable_carry='counts' in nn.scan
+      likely cause: 'counts' is mutable, but a lifted transform or an apply around the layer does not pass it on
+      fix: carry_variables='counts' in nn.while_loop, variable_carry='counts' in nn.scan; mutable= in an inner apply
     """)
     assert fs.with_mutable(Looping(True))({}, state, X)[1]["counts"]["turns"] == 3
 
@@ -1128,8 +1128,8 @@ def test_a_stream_that_a_lifted_transform_does_not_pass_on() -> None:
     with_mutable(fn): the model draws from the PRNG stream 'dropout'
       got:
         rngs: ['dropout']
-      likely cause: 'dropout' is given, but a lifted transform around the layer does not pass it on
-      fix: split_rngs={'dropout': True} in nn.scan, nn.vmap or nn.while_loop
+      likely cause: 'dropout' is given, but a lifted transform or an apply around the layer does not pass it on
+      fix: split_rngs={'dropout': True} in nn.scan, nn.vmap or nn.while_loop; rngs= in an inner apply
     """)
     error = fails(fs.CollectionError, scanned({}), {}, {}, X, None, rngs=KEY)
     assert (error.leaves, error.cause) == (("rngs: key<fry>[]",), "rngs is no mapping of streams to keys")
@@ -1622,6 +1622,17 @@ def test_a_step_that_returns_three_things() -> None:
       likely cause: a result is too many: what else is returned goes into one of the two
       fix: step(carry, batch) -> (carry, out)
     """)
+
+
+def test_a_list_in_the_place_of_a_tuple() -> None:
+    for fn in (lambda params, state, batch: [params["w"].sum(), state], lambda *_: [X, X]):
+        error = fails(fs.SignatureError, returning(fn), one(), X)
+        assert (error.cause, error.leaves) == ("a list was returned, where a tuple is due", ("list",))
+    step = fs.with_optimizer(lambda params, state, batch: ([params["w"].sum(), X], state), TX, has_aux=True)  # type: ignore[arg-type,return-value]
+    error = fails(fs.SignatureError, step, one(), X)
+    assert (error.cause, error.leaves) == ("a list was returned, where a tuple is due", ("out: list",))
+    error = fails(fs.SignatureError, ANY.scan_steps(lambda carry, batch: [carry, batch]), X, Y[None])
+    assert (error.cause, error.leaves) == ("a list was returned, where a tuple is due", ("list",))
 
 
 def test_microbatches_of_nothing() -> None:
@@ -2224,6 +2235,22 @@ def test_retrace_for_a_sharding_in_the_type() -> None:
 
 
 @needs_jit
+def test_retrace_for_other_params_that_are_trained() -> None:
+    variables = {"params": {"body": {"w": jnp.ones(3)}, "head": {"w": jnp.ones(3)}}}
+
+    def loss_fn(params: Any, state: Any, batch: Any) -> Any:
+        return sum(leaf.sum() for leaf in jax.tree.leaves(fs.merge_state(params, state))), state
+
+    step = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(loss_fn, TX)))
+    step(fs.init_carry(*fs.split_params(variables, trainable="head/*"), TX), X)
+    error = fails(fs.RetraceError, step, fs.init_carry(*fs.split_params(variables), TX), X)
+    assert "carry.params['body']['w']: absent -> f" in error.leaves[0]
+    assert error.fix == (
+        "a step of its own for each choice of trainable: jit_step(assert_max_traces(step)) anew; or a higher "
+        "max_traces, if each is meant"
+    )
+
+
 def test_the_nearest_of_several_traces_is_shown() -> None:
     near, far = {"a": X, "b": X, "c": X}, {"a": Y, "b": Y, "c": X[:3]}
 
@@ -2489,6 +2516,8 @@ def test_a_donated_array_is_named() -> None:
     assert error.leaves == ("params['w']: deleted f32[3]",)
     error = fails(fs.CollectionError, lambda: fs.adopt_carry(one()._replace(params={"w": gone}), one()))
     assert error.leaves == ("carry.params['w']: f32[3] -> deleted f32[3]",)
+    assert error.cause == "a step was given this carry, and took its buffers"
+    assert error.fix == "adopt what the step returned; or, before the step, keep jax.tree.map(jnp.copy, carry)"
 
 
 def test_adopting_like_what_is_no_carry() -> None:

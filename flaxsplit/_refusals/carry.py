@@ -109,6 +109,10 @@ _UNADOPTED = Refusal(
     "the checkpoint is of another model or optimizer",
     "adopt_carry(restored, init_carry(params, state, tx)) with the model and tx that were saved",
 )
+_DONATED = _UNADOPTED.but(
+    cause="a step was given this carry, and took its buffers",
+    fix="adopt what the step returned; or, before the step, keep jax.tree.map(jnp.copy, carry)",
+)
 _PARTS = _UNADOPTED.but(
     cause="other params are frozen, or an average or a part of tx came or went, since it was saved",
     fix="carry = adopt_carry(restored, like, strict=False)",
@@ -131,6 +135,8 @@ def UNADOPTED(  # noqa: N802
     wrong: list[Difference], restored: Any, held: Collection[Place], wanted: Collection[Place], kept: Any
 ) -> Explained:
     """A checkpoint of something else than the carry. `kept()` gives the places that are found where not strict."""
+    if any(each.after.startswith("deleted") for each in wrong):
+        return _DONATED(*map(str, wrong))
     others = restored.values() if isinstance(restored, Mapping) else ()
     if any(map(_is_optimizer, (restored, *others))):
         row = _OPTIMIZER

@@ -12,7 +12,7 @@ from flaxsplit._errors import Explained, Guess, Refusal, SignatureError, Unsynce
 from flaxsplit._types import Carry
 
 from .carry import WITH_TX
-from .options import form, function, unbound
+from .options import LISTED, form, function, unbound
 
 _GRADIENT = "value_and_grad(loss_fn)"
 _UPDATE = "apply_gradients(tx, carry, grads, new_state)"
@@ -110,12 +110,13 @@ def MISRETURNED(result: Any, has_aux: bool, params: Any) -> Explained:  # noqa: 
         if isinstance(result, tuple) and len(result) > 2:
             cause, form = "aux is beside the loss, not with it", "return (loss, aux), new_state, and has_aux=True"
         else:
-            cause = "the new state was not returned"
+            cause = LISTED if isinstance(result, list) else "the new state was not returned"
         return _misreturned("two things", form_of(result), cause, form)
     out = result[0]
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         required = "((loss, aux), new_state) where has_aux=True"
-        return _misreturned(required, f"out: {form_of(out)}", "aux is missing", form)
+        cause = LISTED if isinstance(out, list) else "aux is missing"
+        return _misreturned(required, f"out: {form_of(out)}", cause, form)
     loss = out[0] if has_aux else out
     if not has_aux and isinstance(loss, tuple):
         cause, fix = "loss_fn returns aux as well", "value_and_grad(loss_fn, has_aux=True), or with_optimizer likewise"

@@ -56,11 +56,14 @@ def COUNT(where: str, count: Any) -> Explained:  # noqa: N802 (a row as the othe
     return SignatureError(where, "a whole number of at least 1", [came], cause, where.replace("...", "4"))
 
 
+LISTED = "a list was returned, where a tuple is due"
+
+
 @Guess
 def TWO(result: Any, where: str, form: str) -> Explained:  # noqa: N802
     """What must return two things."""
     came = f"a tuple of {len(result)}" if type(result) is tuple else describe(result)
-    cause = "a result is missing"
+    cause = LISTED if isinstance(result, list) else "a result is missing"
     if type(result) is tuple and len(result) > 2:
         cause = "a result is too many: what else is returned goes into one of the two"
     return SignatureError(where, f"must return two things: {form}", [came], cause, form)

@@ -82,8 +82,8 @@ def _no_rngs(stream: str, held: Any, given: Any) -> Explained:
     streams = ", ".join(f"{name}=key" for name in sorted({*held, *_streams(given), stream}))
     cause, fix = f"there is no key for {stream!r}", f"with_rngs(with_mutable(model)), with state | rng_state({streams})"
     if stream in _streams(given):
-        cause = f"{stream!r} is given, but a lifted transform around the layer does not pass it on"
-        fix = f"split_rngs={{{stream!r}: True}} in nn.scan, nn.vmap or nn.while_loop"
+        cause = f"{stream!r} is given, but a lifted transform or an apply around the layer does not pass it on"
+        fix = f"split_rngs={{{stream!r}: True}} in nn.scan, nn.vmap or nn.while_loop; rngs= in an inner apply"
     elif given is not None and not isinstance(given, Mapping):
         cause, fix = "rngs is no mapping of streams to keys", f"rngs={{{stream!r}: key}}"
     elif stream in held and given is None:
@@ -113,12 +113,16 @@ def _why_not_mutable(name: str, place: str, names: Sequence[str], variables: Any
             "self.variable('counts', ...) for what the model itself writes",
         )
     if name in names:
-        cause = f"{name!r} is mutable, but a lifted transform around the layer does not pass it on"
-        return FN, cause, f"carry_variables={name!r} in nn.while_loop, variable_carry={name!r} in nn.scan"
+        cause = f"{name!r} is mutable, but a lifted transform or an apply around the layer does not pass it on"
+        fix = (
+            f"carry_variables={name!r} in nn.while_loop, variable_carry={name!r} in nn.scan; mutable= in an inner apply"
+        )
+        return FN, cause, fix
     if name in variables:
         cause = f"{name!r} is not among the mutable collections, and the layer {place} is in a mode that writes to it"
+        mode = ": use_running_average=True, train=False" if name == "batch_stats" else ""
         fix = f"with_mutable(fn, mutable={sorted([*names, name])}); or, where it is to stay as it is, {place} in the "
-        return WHICH, cause, fix + "mode that only reads: use_running_average=True, train=False"
+        return WHICH, cause, f"{fix}mode that only reads{mode}"
     if name in state and name in OWNERS:
         return FN, owned(name), RENAMED
     return FN, f"the state has no {name!r}", f"state | {{{name!r}: ...}}, from module.init"

@@ -42,6 +42,8 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[Difference]:
 
 def _fix(changed: list[Difference]) -> str:
     sides = [side for each in changed for side in (each.before, each.after)]
+    if any("state['params']" in each.path for each in changed):
+        return "a step of its own for each choice of trainable: jit_step(assert_max_traces(step)) anew"
     if not all("[" in side for side in sides):
         return "keep the structure, and make static values, tx and functions once, outside the loop"
     if any("(weak type)" in side for side in sides):
