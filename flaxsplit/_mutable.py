@@ -23,12 +23,13 @@ from ._refusals.apply import (
     MUTABLE,
     NOT_IN_STATE,
     NOTHING_SOWN,
+    is_stateful,
 )
 from ._refusals.upstream import FLAX
 from ._split import check_halves, merge_state
 from ._types import AnyParams, ApplyFn, LinenModule, Mutable, State, Stateful, Tree
 from ._untouched import warn_of_untouched
-from ._upstream import is_nn_apply, reopened
+from ._upstream import is_nn_apply, is_nnx, reopened
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -124,7 +125,7 @@ def with_mutable(
 
     As `flax.linen.Module.apply`, but pure in `(params, state)` and of one return form.
     """
-    MODEL.unless(isinstance(fn, nn.Module) or (callable(fn) and not isinstance(fn, type)), fn)
+    MODEL.unless(isinstance(fn, nn.Module) or _is_apply(fn), fn)
     _check_options(fn, method, mutable, capture)
     apply = _apply_of(fn, method)
     captured = (capture,) if isinstance(capture, str) else tuple(capture)
@@ -141,7 +142,7 @@ def with_mutable(
         run = functools.partial(_call, apply, args, (*names, *captured), kwargs)
         try:
             result = run(variables)
-        except (errors.FlaxError, ValueError) as error:
+        except (errors.FlaxError, ValueError, NameError) as error:
             FLAX.instead_of(error, error, names, variables, state, kwargs.get("rngs"))
         except TypeError as error:
             ARGUMENTS.instead_of(error, error, stateful, (params, state, *args), kwargs)
@@ -152,6 +153,10 @@ def with_mutable(
         return ((out, _sown(captured, updated)) if captured else out), new_state
 
     return stateful
+
+
+def _is_apply(fn: Any) -> bool:
+    return callable(fn) and not (isinstance(fn, type) or is_nnx(fn) or is_stateful(fn))
 
 
 def _call(apply: Any, args: Any, mutable: Any, kwargs: Any, variables: Any) -> Any:

@@ -68,6 +68,17 @@ def collection_in(error: Exception) -> str:
     return _quoted(r'collection "([^"]+)"', error) or "params"
 
 
+def unbound_axis_in(error: Exception) -> str | None:
+    """The name of an axis that nothing binds."""
+    found = re.search(r"unbound axis name:? ['\"]?(\w+)", str(error))
+    return found[1] if found else None
+
+
+def is_nnx(fn: Any) -> bool:
+    """Whether this is a module of NNX, which is not imported to be asked."""
+    return any(base.__module__.startswith("flax.nnx") for base in type(fn).__mro__)
+
+
 def place_in(error: Exception) -> str:
     """The module that reads or writes, by its path."""
     return repr(_quoted(r'" in "([^"]+)"', error) or "/")

@@ -539,6 +539,56 @@ def test_a_method_beside_nn_apply() -> None:
     """)
 
 
+def test_a_stateful_function_is_no_apply_function() -> None:
+    error = fails(fs.SignatureError, fs.with_mutable, fs.with_mutable(MLP(4)))
+    assert str(error) == whole("""
+    with_mutable(fn): fn must be a Linen module instance, its apply, or a function of that form
+      got:
+        fn: a function of (params, state, ...)
+      likely cause: with_mutable was called twice, or a function of one's own needs none
+      fix: fn(params, state, x), as it is
+    """)
+
+
+def test_a_module_of_nnx_is_no_linen_module() -> None:
+    error = fails(fs.SignatureError, fs.with_mutable, nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    assert str(error) == whole("""
+    with_mutable(fn): fn must be a Linen module instance, its apply, or a function of that form
+      got:
+        fn: Linear, an NNX module
+      likely cause: it belongs to Flax's other API
+      fix: fn, params, state = from_nnx(module)
+    """)
+
+
+def test_an_axis_that_nothing_binds() -> None:
+    params, state = halves(MLP(), X[0])
+    error = fails(fs.SignatureError, fs.with_mutable(MLP()), params, state, X, train=True)
+    assert str(error) == whole("""
+    with_mutable(fn): each axis that a layer averages over must be bound around the call
+      got:
+        axis_name='batch': not bound here
+      likely cause: the model is one of a single example, and was called with a batch; or it is to run under shard_map \
+or pmap
+      fix: vmap_stateful(with_mutable(model), axis_name='batch'); or axis_name=None in the layer, for a batch at once
+    """)
+    fs.vmap_stateful(fs.with_mutable(MLP()), axis_name="batch")(params, state, X, train=True)
+
+
+def test_a_step_in_the_place_of_a_loss() -> None:
+    error = fails(fs.SignatureError, ANY.value_and_grad(fs.with_optimizer(squares, TX)), {"w": jnp.ones(3)}, {}, Y)
+    assert error.cause == "a step was passed, which has a gradient and an optimizer already"
+
+
+def test_a_checkpoint_of_params_alone() -> None:
+    carry = one(stats={"n": jnp.zeros(())})
+    error = fails(fs.CollectionError, fs.adopt_carry, {"w": np.full(3, 2, np.float32)}, carry)
+    assert error.cause == "params alone were saved, without the state, the optimizer's state and the count of steps"
+    assert error.fix == "carry = adopt_carry({'params': restored}, like, strict=False), where the rest is that of like"
+    adopted = fs.adopt_carry({"params": {"w": np.full(3, 2, np.float32)}}, carry, strict=False)
+    assert (float(adopted.params["w"][0]), structure(adopted)) == (2.0, structure(carry))
+
+
 def test_mutable_unknown() -> None:
     params, state = halves(MLP(), X[0])
     error = fails(fs.CollectionError, fs.with_mutable(MLP(), mutable=["batch_stat"]), params, state, X[0])
@@ -1614,7 +1664,7 @@ def test_aux_in_the_place_of_a_state() -> None:
 
 
 def test_a_step_that_returns_three_things() -> None:
-    error = fails(fs.SignatureError, fs.scan_steps(lambda carry, batch: (carry, batch, batch)), X, Y[None])  # type: ignore[arg-type,type-var,return-value]
+    error = fails(fs.SignatureError, fs.scan_steps(lambda carry, batch: (carry, batch, batch)), X, Y[None])  # type: ignore[type-var]
     assert str(error) == whole("""
     scan_steps(step): must return two things: step(carry, batch) -> (carry, out)
       got:
@@ -1628,7 +1678,7 @@ def test_a_list_in_the_place_of_a_tuple() -> None:
     for fn in (lambda params, state, batch: [params["w"].sum(), state], lambda *_: [X, X]):
         error = fails(fs.SignatureError, returning(fn), one(), X)
         assert (error.cause, error.leaves) == ("a list was returned, where a tuple is due", ("list",))
-    step = fs.with_optimizer(lambda params, state, batch: ([params["w"].sum(), X], state), TX, has_aux=True)  # type: ignore[arg-type,return-value]
+    step = ANY.with_optimizer(lambda params, state, batch: ([params["w"].sum(), X], state), TX, has_aux=True)
     error = fails(fs.SignatureError, step, one(), X)
     assert (error.cause, error.leaves) == ("a list was returned, where a tuple is due", ("out: list",))
     error = fails(fs.SignatureError, ANY.scan_steps(lambda carry, batch: [carry, batch]), X, Y[None])

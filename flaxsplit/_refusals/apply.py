@@ -10,8 +10,9 @@ from flaxsplit._describe import describe
 from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError, UntouchedStateWarning, said
 from flaxsplit._paths import Path, keyed
 from flaxsplit._types import RESERVED
+from flaxsplit._upstream import is_nnx
 
-from .options import form, unbound
+from .options import form, parameters, unbound
 from .upstream import FN, OWNERS, RENAMED, WHICH, misperturbed, owned, perturbed
 
 FORM = "fn(variables, *args, mutable=[...]) -> (out, updated)"
@@ -87,13 +88,27 @@ METHOD_OF_APPLY = Refusal(
 )
 
 
+def is_stateful(fn: Any) -> bool:
+    """Whether a function says that it takes params and state, as what `with_mutable` gives does."""
+    return [*parameters(fn)][:2] == ["params", "state"]
+
+
 @Guess
 def MODEL(fn: Any) -> Explained:  # noqa: N802 (a row as the others are)
-    """What is no module and no apply function."""
+    """What is no module and no apply function, or is stateful already."""
     required = "fn must be a Linen module instance, its apply, or a function of that form"
     if isinstance(fn, type):
         came, fix = f"fn: the class {fn.__name__}", f"with_mutable({fn.__name__}(...))"
         return SignatureError(FN, required, [came], "the module was not constructed", fix)
+    if is_nnx(fn):
+        cause, fix = "it belongs to Flax's other API", "fn, params, state = from_nnx(module)"
+        return SignatureError(FN, required, [f"fn: {type(fn).__name__}, an NNX module"], cause, fix)
+    if is_stateful(fn):
+        cause, fix = (
+            "with_mutable was called twice, or a function of one's own needs none",
+            "fn(params, state, x), as it is",
+        )
+        return SignatureError(FN, required, ["fn: a function of (params, state, ...)"], cause, fix)
     came, cause = f"fn: {describe(fn)}", "variables or params were passed"
     return SignatureError(FN, required, [came], cause, "with_mutable(model)")
 

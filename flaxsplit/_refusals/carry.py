@@ -118,6 +118,10 @@ _PARTS = _UNADOPTED.but(
     fix="carry = adopt_carry(restored, like, strict=False)",
 )
 _NO_STEP = _PARTS.but(cause="variables were saved, without the optimizer's state and the count of steps")
+_PARAMS = _PARTS.but(
+    cause="params alone were saved, without the state, the optimizer's state and the count of steps",
+    fix="carry = adopt_carry({'params': restored}, like, strict=False), where the rest is that of like",
+)
 _COUNT = _PARTS.but(
     cause="tx counts its updates, for a schedule, and did not when it was saved",
     fix="carry = adopt_carry(restored, like, strict=False); to go on where the schedule would be, carry = adopt_carry("
@@ -140,6 +144,8 @@ def UNADOPTED(  # noqa: N802
     others = restored.values() if isinstance(restored, Mapping) else ()
     if any(map(_is_optimizer, (restored, *others))):
         row = _OPTIMIZER
+    elif {*held} == {("state", *place[1:]) for place in wanted if place[:1] == ("params",)}:  # no part of it is named
+        row = _PARAMS
     elif any(ABSENT not in each for each in wrong) or not _keeps_params(held, wanted):
         row = _UNADOPTED
     elif ("step",) not in held:

@@ -89,12 +89,16 @@ def ARGUMENTS(error: Exception, loss_fn: Any, args: Sequence[Any], kwargs: Mappi
     if not why:
         raise error
     given = ["params", "state", "batch", *map(describe, args[3:]), *kwargs]
-    closed = len(names) < 3
+    cause = "an argument of the call is not one of loss_fn"
+    if names[:1] == ["carry"]:
+        cause = "a step was passed, which has a gradient and an optimizer already"
+    elif len(names) < 3:
+        cause = "the state or the batch came in by a closure"
     return SignatureError(
         _GRADIENT,
         f"loss_fn is called as loss_fn({', '.join(given)})",
         [f"loss_fn({', '.join(names)}): {why}"],
-        "the state or the batch came in by a closure" if closed else "an argument of the call is not one of loss_fn",
+        cause,
         "def loss_fn(params, state, batch): ...; return loss, new_state",
     )
 

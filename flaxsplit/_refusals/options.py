@@ -25,6 +25,14 @@ TX = form("$where", "tx must be an optax transformation: it has init and update"
 AXIS_NAME = form("$where", "$option must be the name of an axis, or a tuple of names", "$option='batch'")
 
 
+def parameters(fn: Any) -> Mapping[str, Any]:
+    """The parameters of a function by name; of some builtins nobody knows them."""
+    try:
+        return inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
 def unbound(fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, list[str]]:
     """Why a call does not fit the signature, empty where it does or where there is none; and the arguments by name."""
     try:

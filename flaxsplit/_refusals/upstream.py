@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import errors
 
 from flaxsplit._describe import describe, keyed_leaves
-from flaxsplit._errors import CollectionError, Explained, Guess
+from flaxsplit._errors import CollectionError, Explained, Guess, SignatureError
 from flaxsplit._paths import flatten, keyed
 from flaxsplit._upstream import (
     collection_in,
@@ -17,6 +17,7 @@ from flaxsplit._upstream import (
     param_in,
     place_in,
     stream_in,
+    unbound_axis_in,
 )
 
 FN = "with_mutable(fn)"
@@ -53,6 +54,8 @@ def FLAX(error: Exception, names: Sequence[str], variables: Any, state: Any, rng
             return _not_found(error, variables, state)
         case errors.ScopeParamShapeError():
             return _misshapen(error)
+        case NameError() if axis := unbound_axis_in(error):
+            return _no_axis(axis)
         case ValueError() if is_about_rngs(error):
             return RNGS(FN, rngs)
         case ValueError() if came := perturbed(error, state):
@@ -75,6 +78,16 @@ def misperturbed(error: Exception, came: list[str]) -> Explained:
         "x has another batch size than at module.init, which made the perturbations",
         "state | {'perturbations': module.init(key, x)['perturbations']} with the x of the call; or a state without "
         "'perturbations', where nothing is perturbed",
+    )
+
+
+def _no_axis(name: str) -> Explained:
+    return SignatureError(
+        FN,
+        "each axis that a layer averages over must be bound around the call",
+        [f"axis_name={name!r}: not bound here"],
+        "the model is one of a single example, and was called with a batch; or it is to run under shard_map or pmap",
+        f"vmap_stateful(with_mutable(model), axis_name={name!r}); or axis_name=None in the layer, for a batch at once",
     )
 
 
