@@ -90,7 +90,7 @@ METHOD_OF_APPLY = Refusal(
 
 def is_stateful(fn: Any) -> bool:
     """Whether a function says that it takes params and state, as what `with_mutable` gives does."""
-    return [*parameters(fn)][:2] == ["params", "state"]
+    return callable(fn) and [*parameters(fn)][:2] == ["params", "state"]
 
 
 @Guess
