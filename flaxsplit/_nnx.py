@@ -380,7 +380,7 @@ def _named(collections: set[str]) -> str:
     name = min(collections, default="intermediates")
     try:
         kind = nnx.variable_type_from_name(name)
-    except ValueError:  # named by its class
+    except (ValueError, AttributeError):  # named by its class; or an older flax, which knows no way back
         return name
     return f"nnx.{kind.__name__}" if hasattr(nnx, kind.__name__) else kind.__name__
 
