@@ -33,7 +33,8 @@ from .nnx_models import loss_of
 from .test_mesh import assert_close, by_shape, on
 from .test_nnx import leaves_of
 
-pytestmark = needs_jit
+# Every state has an average, to see that nothing else touches it.
+pytestmark = [needs_jit, pytest.mark.filterwarnings("ignore:with_optimizer:flaxsplit.UntouchedStateWarning")]
 DECAY = 0.9
 PAIRS = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)  # two divides a drawn model's width
 SGD = optax.sgd(0.05, momentum=0.9)

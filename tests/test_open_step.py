@@ -170,6 +170,7 @@ def test_a_clip_parameter_and_a_key_go_through_every_combinator() -> None:
         theirs, expected = loop(theirs, batches, jnp.float32(0.2), 0.01)
     assert_equal((ours.params, ours.opt_state, losses), (theirs[1], theirs[3], expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), ours.state["ema"], theirs[4])
+    carry = fs.init_carry(params, {}, TX)
     before = fs.with_optimizer(ppo, TX)(carry, (X, Y[:, 0]), 0.2, entropy=0.01)[1]
     parts = fs.with_optimizer(ppo, TX, microbatches=4)(carry, (X, Y[:, 0]), 0.2, entropy=0.01)[1]
     np.testing.assert_allclose(before, parts, rtol=1e-5)
