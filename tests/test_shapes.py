@@ -313,6 +313,7 @@ def test_a_population_whose_members_share_the_batch() -> None:
 # Several networks
 
 
+@pytest.mark.filterwarnings("ignore::flaxsplit.DroppedStateWarning")  # one key for all, by hand too
 def test_both_losses_of_a_gan_write_both_networks_statistics() -> None:
     """Each loss runs both networks in training mode. What one update wrote, the next one reads."""
     nets: Any = {"g": Net(), "d": Net()}
