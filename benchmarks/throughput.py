@@ -127,7 +127,9 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
         )
 
 
-def started(names: list[str], task: Task, hand: Peer, batch: Any, tell: Tell) -> tuple[dict[str, Run], dict[str, str]]:
+def started(
+    names: list[str], task: Task, hand: Peer, batch: Any, tell: Tell
+) -> tuple[dict[str, Run], dict[str, str]]:
     """Every contender that agrees with the step by hand, the same losses seen first; and what is to say of others."""
     calm = Task(nets.without_dropout(task.layers), task.shape, compute=task.compute, make_tx=task.make_tx)
     few = jax.tree.map(lambda leaf: leaf[:4], batch)

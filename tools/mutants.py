@@ -38,7 +38,10 @@ OPERATORS = re.compile(
     r"|ReplaceComparisonOperator_(Eq_NotEq|NotEq_Eq|Is_IsNot|IsNot_Is|Lt_LtE|LtE_Lt|Gt_GtE|GtE_Gt|Lt_Gt|Gt_Lt))"
 )
 # Coverage does not see what a test does in a process of its own: the tests, by a part of a mutant's name.
-ELSEWHERE = {"_checks.py:": ["tests/test_checks.py"], "@checked": ["tests/test_checks.py"]}
+ELSEWHERE = {
+    "_checks.py:": ["tests/test_checks.py"],
+    "@checked": ["tests/test_checks.py"],
+}
 # What the tests import beside the package, once for all of them.
 PRELOAD = [
     *("jax", "jax.experimental.multihost_utils", "flax.linen", "flax.nnx", "flax.training.train_state", "optax"),

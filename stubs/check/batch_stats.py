@@ -60,7 +60,11 @@ def create_state(model: ResNet, key: jax.Array, shape: tuple[int, ...]) -> Train
     schedule = optax.cosine_decay_schedule(0.1, decay_steps=1000)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(schedule, momentum=0.9))
     state = TrainState.create(
-        apply_fn=model.apply, params=variables["params"], tx=tx, batch_stats=variables["batch_stats"], key=dropout_key
+        apply_fn=model.apply,
+        params=variables["params"],
+        tx=tx,
+        batch_stats=variables["batch_stats"],
+        key=dropout_key,
     )
     assert_type(state, TrainState)
     assert_type(state.key, jax.Array)
@@ -76,7 +80,11 @@ def make_train_step(
         def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, dict[str, Any]]]:
             variables = {"params": params, "batch_stats": state.batch_stats}
             logits, updates = model.apply(
-                variables, batch["image"], train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key}
+                variables,
+                batch["image"],
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": dropout_key},
             )
             assert_type(logits, jax.Array)
             assert_type(updates, dict[str, Any])

@@ -77,7 +77,13 @@ def ensemble(key: jax.Array, x: jax.Array, members: int) -> jax.Array:
 class Cell(nn.Module):
     features: int
 
-    @functools.partial(nn.scan, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
+    @functools.partial(
+        nn.scan,
+        variable_broadcast="params",
+        split_rngs={"params": False},
+        in_axes=1,
+        out_axes=1,
+    )
     @nn.compact
     def __call__(self, carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         carry = nn.tanh(nn.Dense(self.features)(x) + nn.Dense(self.features)(carry))

@@ -163,7 +163,12 @@ class Module(ModuleBase):
     ) -> T: ...
     @overload
     def param(
-        self, name: str, init_fn: Callable[..., T], *init_args: Any, unbox: bool = True, **init_kwargs: Any
+        self,
+        name: str,
+        init_fn: Callable[..., T],
+        *init_args: Any,
+        unbox: bool = True,
+        **init_kwargs: Any,
     ) -> T: ...
     def has_variable(self, col: str, name: str) -> bool: ...
     def get_variable(self, col: str, name: str, default: Any = None) -> Any: ...
@@ -176,11 +181,20 @@ class Module(ModuleBase):
     def sow(self, col: str, name: str, value: Any) -> bool: ...
     @overload
     def sow(
-        self, col: str, name: str, value: T, reduce_fn: Callable[[K, T], K] = ..., init_fn: Callable[[], K] = ...
+        self,
+        col: str,
+        name: str,
+        value: T,
+        reduce_fn: Callable[[K, T], K] = ...,
+        init_fn: Callable[[], K] = ...,
     ) -> bool: ...
     def perturb(self, name: str, value: T, collection: str = "perturbations") -> T: ...
     def bind(
-        self, variables: _Variables, *args: Any, rngs: RNGSequences | None = None, mutable: CollectionFilter = False
+        self,
+        variables: _Variables,
+        *args: Any,
+        rngs: RNGSequences | None = None,
+        mutable: CollectionFilter = False,
     ) -> Self: ...
     def unbind(self) -> tuple[Self, VariableDict]: ...
 
@@ -337,7 +351,12 @@ class Module(ModuleBase):
         **kwargs: Any,
     ) -> str: ...
     def module_paths(
-        self, rngs: _Rngs, *args: Any, show_repeated: bool = False, mutable: CollectionFilter = ..., **kwargs: Any
+        self,
+        rngs: _Rngs,
+        *args: Any,
+        show_repeated: bool = False,
+        mutable: CollectionFilter = ...,
+        **kwargs: Any,
     ) -> dict[str, Module]: ...
 
 def merge_param(name: str, a: T | None, b: T | None) -> T: ...
@@ -350,11 +369,18 @@ def apply(
 ) -> Callable[..., _R]: ...
 @overload
 def apply(
-    fn: Callable[..., _R], module: Module, mutable: _Mutable, capture_intermediates: bool | _Capture = False
+    fn: Callable[..., _R],
+    module: Module,
+    mutable: _Mutable,
+    capture_intermediates: bool | _Capture = False,
 ) -> Callable[..., tuple[_R, _Updates]]: ...
 @overload
 def apply(
-    fn: Callable[..., _R], module: Module, mutable: CollectionFilter = False, *, capture_intermediates: _Capture
+    fn: Callable[..., _R],
+    module: Module,
+    mutable: CollectionFilter = False,
+    *,
+    capture_intermediates: _Capture,
 ) -> Callable[..., tuple[_R, _Updates]]: ...
 @overload
 def apply(

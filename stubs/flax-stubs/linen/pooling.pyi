@@ -24,8 +24,14 @@ def avg_pool(
     count_include_pad: bool = True,
 ) -> jax.Array: ...
 def max_pool(
-    inputs: _Array, window_shape: tuple[int, ...], strides: tuple[int, ...] | None = None, padding: _Padding = "VALID"
+    inputs: _Array,
+    window_shape: tuple[int, ...],
+    strides: tuple[int, ...] | None = None,
+    padding: _Padding = "VALID",
 ) -> jax.Array: ...
 def min_pool(
-    inputs: _Array, window_shape: tuple[int, ...], strides: tuple[int, ...] | None = None, padding: _Padding = "VALID"
+    inputs: _Array,
+    window_shape: tuple[int, ...],
+    strides: tuple[int, ...] | None = None,
+    padding: _Padding = "VALID",
 ) -> jax.Array: ...

@@ -156,7 +156,9 @@ class RNN(Module):
         keep_order: bool | None = None,
     ) -> Output: ...
 
-def flip_sequences(inputs: Array, seq_lengths: Array | None, num_batch_dims: int, time_major: bool) -> Array: ...
+def flip_sequences(
+    inputs: Array, seq_lengths: Array | None, num_batch_dims: int, time_major: bool
+) -> Array: ...
 
 class RNNBase(Protocol):
     def __call__(

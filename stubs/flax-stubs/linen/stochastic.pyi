@@ -9,4 +9,6 @@ class Dropout(Module):
     broadcast_dims: Sequence[int] = ()
     deterministic: bool | None = None
     rng_collection: str = "dropout"
-    def __call__(self, inputs: Array, deterministic: bool | None = None, rng: PRNGKey | None = None) -> jax.Array: ...
+    def __call__(
+        self, inputs: Array, deterministic: bool | None = None, rng: PRNGKey | None = None
+    ) -> jax.Array: ...

@@ -50,20 +50,35 @@ def module_class_lift_transform(
     **trafo_kwargs: Any,
 ) -> type[ModuleT]: ...
 def module_class_lift_transform_cached(
-    transform: Callable[..., Any], module_class: type[ModuleT], methods: _Methods = None, **trafo_kwargs: Any
+    transform: Callable[..., Any],
+    module_class: type[ModuleT],
+    methods: _Methods = None,
+    **trafo_kwargs: Any,
 ) -> type[ModuleT]: ...
 def decorator_lift_transform(
-    transform: Callable[..., Any], class_fn: Any, *trafo_args: Any, multi_scope: bool = True, **trafo_kwargs: Any
+    transform: Callable[..., Any],
+    class_fn: Any,
+    *trafo_args: Any,
+    multi_scope: bool = True,
+    **trafo_kwargs: Any,
 ) -> Callable[..., Any]: ...
 def decorator_lift_transform_cached(
     transform: Callable[..., Any], class_fn: Any, **trafo_kwargs: Any
 ) -> Callable[..., Any]: ...
 def fork_rngs(module: Module) -> AbstractContextManager[None]: ...
 def lift_transform(
-    transform: Callable[..., Any], target: Target, *trafo_args: Any, methods: _Methods = None, **trafo_kwargs: Any
+    transform: Callable[..., Any],
+    target: Target,
+    *trafo_args: Any,
+    methods: _Methods = None,
+    **trafo_kwargs: Any,
 ) -> Target: ...
 def lift_transform_cached(
-    transform: Callable[..., Any], target: Target, *trafo_args: Any, methods: _Methods = None, **trafo_kwargs: Any
+    transform: Callable[..., Any],
+    target: Target,
+    *trafo_args: Any,
+    methods: _Methods = None,
+    **trafo_kwargs: Any,
 ) -> Target: ...
 def lift_direct_transform(
     transform: Callable[..., Any],
@@ -256,6 +271,10 @@ def custom_vjp(
 ) -> _CallableT: ...
 def named_call(class_fn: _CallableT, force: bool = True) -> _CallableT: ...
 def add_metadata_axis(
-    target: Target, variable_axes: _By[CollectionFilter, InOutAxis] = ..., metadata_params: dict[Any, Any] = ...
+    target: Target,
+    variable_axes: _By[CollectionFilter, InOutAxis] = ...,
+    metadata_params: dict[Any, Any] = ...,
 ) -> Target: ...
-def fold_rngs(target: Target, variables: CollectionFilter = True, rngs: PRNGSequenceFilter = True) -> Target: ...
+def fold_rngs(
+    target: Target, variables: CollectionFilter = True, rngs: PRNGSequenceFilter = True
+) -> Target: ...
