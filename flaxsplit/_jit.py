@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, Sharding, SingleDeviceSharding
 
 from ._checks import checked, is_function
 from ._describe import describe, is_array, is_numeric, keyed_leaves, same_structure, wraps
-from ._refusals.many import JIT_STEP, LIKE, PLACES, UNDIVIDED, UNLIKE
+from ._refusals.many import JIT_STEP, LIKE, PLACES, SECOND, UNDIVIDED, UNLIKE
 from ._types import JittedStep
 from ._upstream import reshard
 
@@ -91,7 +91,7 @@ def _cut(step: Callable[..., Any], places: Any) -> Callable[..., Any]:
 
     @wraps(step)
     def cut(*args: Any, **kwargs: Any) -> Any:
-        PLACES.unless(len(args) > 1, "batch: no second argument, or one that was passed by name")
+        SECOND.unless(len(args) > 1, f"positional arguments: {len(args)}", f"by name: {sorted(kwargs)}")
         carry, batch, *others = args
         leaves, treedef = jax.tree.flatten(batch)
         goals = _of_each_leaf(places, batch)

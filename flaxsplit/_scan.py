@@ -11,7 +11,7 @@ import numpy as np
 from ._checks import check_count, checked, is_function, two_of
 from ._describe import describe, is_array, is_numeric, wraps
 from ._drift import check_drift
-from ._refusals.many import BATCH, BATCHES, LEADING, SCAN_STEP, leading
+from ._refusals.many import BATCH, BATCHES, LEADING, OUT, SCAN_STEP, leading
 from ._types import StepT
 
 BatchT = TypeVar("BatchT")
@@ -47,6 +47,7 @@ def scan_steps(step: StepT, *, unroll: int = 1) -> StepT:
         def body(_carry: Any, _batch: Any) -> tuple[Any, Any]:
             _result = step(_carry, _batch, *args, **kwargs)
             _new_carry, _out = two_of(_result, "scan_steps(step)", "step(carry, batch) -> (carry, out)")
+            OUT.unless_all(is_numeric, _out, "out")
             return check_drift("scan_steps(step)", "carry", _carry, _new_carry), _out
 
         LEADING.if_any(() if _have_one_axis(batches) else leading(batches))

@@ -74,10 +74,8 @@ def test_every_public_docstring_has_an_example_and_what_comes_out(name: str) -> 
 
 READING_ORDER = [
     *("_types", "_describe", "_paths", "_upstream", "_errors"),
-    *(
-        f"_refusals.{part}"
-        for part in ("options", "apart", "run", "apply", "lanes", "carry", "improve", "keep", "many", "watch", "nnx")
-    ),
+    *(f"_refusals.{part}" for part in ("options", "apart", "run", "apply", "lanes", "carry", "adopt")),
+    *(f"_refusals.{part}" for part in ("improve", "update", "keep", "many", "watch", "nnx")),
     *("_checks", "_axes", "_filters", "_split", "_mutable", "_rngs", "_lanes", "_vmap", "_settle"),
     *(
         "_place",

@@ -20,6 +20,13 @@ LEADING = Refusal(
     "a single batch was passed, or batches were stacked apart",
     "for batches in stack_batches(loader, 10): carry, outs = step(carry, batches)",
 )
+OUT = Refusal(
+    SignatureError,
+    "scan_steps(step)",
+    "every leaf of out must be an array or a number: the outs are stacked",
+    "a name, a function or another object is in out",
+    "return carry, {'loss': loss}, and what does not change beside the step",
+)
 BATCHES = form("stack_batches(batches, size)", "batches must be an iterable of batches", "stack_batches(loader, 10)")
 BATCH = Refusal(
     SignatureError,
@@ -61,6 +68,11 @@ PLACES = Refusal(
     "batch must be a sharding, or a tree of them whose structure the batch has or begins with",
     "a PartitionSpec or a mesh alone, or shardings of another batch",
     "jit_step(step, like=carry, batch=NamedSharding(mesh, PartitionSpec('data')))",
+)
+SECOND = PLACES.but(
+    required="the batch must be the second argument, and without its name",
+    cause="the batch was passed by name, or not at all",
+    fix="step(carry, batch)",
 )
 _UNDIVIDED = Refusal(
     SignatureError,

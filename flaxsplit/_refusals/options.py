@@ -45,6 +45,15 @@ def COUNT(where: str, count: Any) -> Explained:  # noqa: N802 (a row as the othe
     return SignatureError(where, "a whole number of at least 1", [came], cause, where.replace("...", "4"))
 
 
+DONATED = Refusal(
+    SignatureError,
+    "$where",
+    "step must leave the carry that it is given: it is read again afterwards",
+    "step was compiled by jit_step, which donates its carry, before it was wrapped; or this carry was passed twice",
+    "jit_step($where): to compile comes last",
+)
+
+
 @Guess
 def TWO(result: Any, where: str, form: str) -> Explained:  # noqa: N802
     """What must return two things."""
