@@ -102,6 +102,21 @@ def test_a_batch_by_its_name() -> None:
     assert_equal(by_name(carried(ema=PARAMS), batch=BATCH), by_place(carried(ema=PARAMS), BATCH))
 
 
+@needs_jit
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_an_argument_by_its_name_where_the_carry_is_pinned(microbatches: int) -> None:
+    def loss(params: Any, state: Any, batch: Any, *, weight: Any) -> Any:
+        return weight * loss_fn(params, state, batch)[0], state
+
+    step: Any = fs.with_optimizer(loss, ADAM, microbatches=microbatches)
+    pinned: Any = fs.jit_step(fs.assert_max_traces(step), like=carried(), donate=False)
+    carry, _ = pinned(carried(), BATCH, weight=jnp.float32(2))
+    carry, value = pinned(carry, BATCH, weight=jnp.float32(3))
+    expected, _ = fs.jit_step(step)(carried(), BATCH, weight=jnp.float32(2))
+    assert_equal((carry, value), fs.jit_step(step)(expected, BATCH, weight=jnp.float32(3)))
+    assert pinned._cache_size() == 1
+
+
 # ---- refused in our words
 
 
