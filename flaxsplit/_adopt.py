@@ -15,7 +15,8 @@ from ._checks import checked, survives
 from ._describe import ABSENT, Difference, describe, is_array, kind_of, strong
 from ._paths import entry_name
 from ._place import placed
-from ._refusals.carry import LIKE, TOO_WIDE, UNADOPTED, Place, wide
+from ._refusals.adopt import LIKE, UNADOPTED, Place
+from ._refusals.carry import TOO_WIDE, wide
 from ._types import Carry
 
 T = TypeVar("T")
@@ -55,6 +56,8 @@ def adopt_carry(restored: Any, like: T, *, strict: bool = True) -> T:
     LIKE.unless_all(is_array, like, "like")
     wanted, held = _by_path(like), _laid_out(restored, like)
     TOO_WIDE.if_any(_too_wide(held, wanted), where="adopt_carry(restored, like)")
+    # what has nothing in common is no carry with parts missing: `like` alone would come out, and the training be lost
+    strict = strict or not _moved(held, wanted).keys() & wanted.keys()
     found, wrong = _matched(held, wanted, strict)
     UNADOPTED.unless(not wrong, wrong, restored, held, wanted, lambda: _moved(held, wanted))
     adopted: T = jax.tree.unflatten(jax.tree.structure(like), _alike(found))

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from ._checks import check_tx, checked, survives
 from ._describe import is_deleted, is_numeric, keyed_leaves, plain
 from ._place import placed
-from ._refusals.carry import APART, NOT_GIVEN, SHARDING, TOO_WIDE, UNINITIALIZED, wide
+from ._refusals.carry import APART, NO_STATE, NOT_GIVEN, SHARDING, TOO_WIDE, UNINITIALIZED, wide
 from ._types import AnyParams, Carry, Transformation, Tree
 
 T = TypeVar("T")
@@ -47,8 +47,10 @@ def init_carry(params: AnyParams, state: Tree, tx: Transformation, *, sharding: 
     As `flax.training.train_state.TrainState.create`, without functions in the tree.
     """
     check_tx("init_carry(params, state, tx)", tx)
-    given: Any = sharding
-    SHARDING.unless(given is None or isinstance(given, Sharding), sharding=given)
+    place: Any = sharding
+    SHARDING.unless(place is None or isinstance(place, Sharding), sharding=place)
+    tree: Any = state
+    NO_STATE.unless(isinstance(tree, Mapping), state=tree)
     own_params, own_state = _owned(plain(params), "params"), _owned(plain(state), "state")
     opt_state = _owned(_initialized(tx, own_params), "opt_state")
     return _placed(Carry(jnp.zeros((), jnp.int32), own_params, own_state, opt_state), sharding)

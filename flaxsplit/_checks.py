@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 
-from ._describe import is_numeric
+from ._describe import is_deleted, is_numeric
 from ._errors import Explained
-from ._refusals.options import COUNT, TWO, TX
+from ._refusals.options import COUNT, DONATED, TWO, TX
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,6 +63,11 @@ def two_of(result: Any, where: str, form: str) -> tuple[Any, Any]:
     TWO.unless(isinstance(result, tuple) and len(result) == 2, result, where, form)
     first, second = result
     return first, second
+
+
+def check_kept(where: str, carry: Any) -> None:
+    """Fails where a step that was compiled already has deleted the carry that it was given."""
+    DONATED.unless_all(lambda leaf: not is_deleted(leaf), carry, "carry", where=where)
 
 
 def checked(fn: F) -> F:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._checks import check_count, checked, is_function, two_of
+from ._checks import check_count, check_kept, checked, is_function, two_of
 from ._context import during
 from ._describe import same_structure, shapes_of, wraps
 from ._refusals.keep import DECAY, EMA, EMA_STEP, OF, decay_of
@@ -70,6 +70,7 @@ def with_ema(step: CarryStepT, *, decay: Decay, of: Callable[[Carry], Any] = par
         with during(AVERAGED, True):
             result = step(carry, batch, *args, **kwargs)
         new_carry, out = two_of(result, "with_ema(step)", "step(carry, batch) -> (carry, out)")
+        check_kept("with_ema(step, decay=0.999)", carry)
         weight = 1 - (decay(carry.step) if callable(decay) else decay)
 
         def average() -> Any:

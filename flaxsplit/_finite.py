@@ -7,7 +7,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from ._checks import checked, is_function, two_of
+from ._checks import check_kept, checked, is_function, two_of
 from ._describe import wraps
 from ._drift import check_drift
 from ._paths import bare_path
@@ -64,6 +64,7 @@ def skip_nonfinite(step: CarryStepT, *, moving: str | Sequence[str] = ()) -> Car
         UNMOVED.unless(not lost, lost, paths)
         result = step(carry, batch, *args, **kwargs)
         new_carry, out = two_of(result, "skip_nonfinite(step)", "step(carry, batch) -> (carry, out)")
+        check_kept("skip_nonfinite(step)", carry)
         new_carry = check_drift("skip_nonfinite(step)", "carry", carry, new_carry)
         taken = _everywhere(_is_finite(new_carry, carry) & _is_finite(out[0] if isinstance(out, tuple) else out))
         old, treedef = jax.tree.flatten(carry)

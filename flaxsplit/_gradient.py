@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from ._axes import averaged, check_bound, devices_along, unsynced, varying
 from ._checks import check_count, checked, is_function, is_inexact
-from ._describe import describe, is_array, is_numeric, keyed_leaves, wraps
+from ._describe import ABSENT, describe, is_array, is_numeric, keyed_leaves, plain, wraps
 from ._drift import check_drift
 from ._linear import noted, watched
 from ._lost import warn_of_lost
@@ -24,6 +24,7 @@ from ._refusals.improve import (
     OVERWRITE,
     UNEVEN,
     UNSYNCED,
+    WHOLE,
     ZERO_GRADIENT,
 )
 from ._refusals.many import OUT
@@ -101,8 +102,9 @@ def value_and_grad(
 
     @wraps(loss_fn)
     @noted
-    def grad_fn(params: Any, state: Tree, batch: Any, *args: Any, **kwargs: Any) -> tuple[Any, State]:
-        _check_call(params, state, axis_name)
+    def grad_fn(params: Any, state: Tree, batch: Any = ABSENT, *args: Any, **kwargs: Any) -> tuple[Any, State]:
+        _check_call(params, state, batch, axis_name)
+        state = plain(state)
         # differentiated per device, so that the mean below is the only reduction
         learned = varying((params, {name: state[name] for name in (overwrite,) if name in state}), axis_name)
 
@@ -110,7 +112,10 @@ def value_and_grad(
             return jax.value_and_grad(objective, has_aux=True)(learned, _state, _batch, *args, **kwargs)
 
         over_batch = gradient if microbatches == 1 else _accumulated(gradient, learned, microbatches, axis_name)
-        (loss, (aux, new_state)), (grads, overwritten) = over_batch(state, batch)
+        try:
+            (loss, (aux, new_state)), (grads, overwritten) = over_batch(state, batch)
+        except (TypeError, ValueError) as error:
+            WHOLE.instead_of(error, error, batch, (*args, kwargs), microbatches)
         loss, grads = averaged((loss, grads), axis_name)
         overwritten = overwritten if axis_name is None else jax.lax.pmax(overwritten, axis_name)
         return (((loss, aux) if has_aux else loss), grads), {**new_state, **overwritten}
@@ -231,8 +236,9 @@ def _uneven(batch: Any, count: int) -> list[str]:
     ]
 
 
-def _check_call(params: Any, state: Any, axis_name: AxisName | None) -> None:
-    HALVES.unless(isinstance(state, Mapping) and not isinstance(params, Carry), params=params, state=state)
+def _check_call(params: Any, state: Any, batch: Any, axis_name: AxisName | None) -> None:
+    halves = isinstance(state, Mapping) and not isinstance(params, Carry) and batch is not ABSENT
+    HALVES.unless(halves, params=params, state=state)
     NOT_DIFFERENTIABLE.unless_all(is_inexact, params, "params", say=describe)
     if axis_name is not None:
         check_bound("value_and_grad(axis_name=...)", axis_name)

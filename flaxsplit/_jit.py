@@ -1,5 +1,6 @@
 """Compile a step, and keep its carry where it is."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
@@ -10,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, Sharding, SingleDeviceSharding
 
 from ._checks import checked, is_function
 from ._describe import describe, is_array, is_numeric, keyed_leaves, same_structure, wraps
-from ._refusals.many import JIT_STEP, LIKE, PLACES, UNDIVIDED, UNLIKE
+from ._refusals.many import JIT_STEP, LIKE, PLACES, SECOND, UNDIVIDED, UNLIKE
 from ._types import JittedStep
 from ._upstream import reshard
 
@@ -35,8 +36,9 @@ def jit_step(step: Callable[P, R], *, like: Any = None, batch: Any = None, donat
             returns the new carry, alone or first in a tuple.
         like: a carry whose shardings the carry that comes out is to have, so that on a mesh the second call hits the
             first call's executable. On one device all arguments are pinned to it: whether they are committed, as after
-            `jax.device_put`, no longer matters; without `like` JAX compiles once for each mixture of these. A number,
-            such as the `step` of a `TrainState`, may come out anywhere.
+            `jax.device_put`, no longer matters; without `like` JAX compiles once for each mixture of these. Arguments
+            then go by position, since `jax.jit` pins none by name; those of a step that takes some by name alone are
+            not pinned. A number, such as the `step` of a `TrainState`, may come out anywhere.
         batch: where the batch goes, which is the second argument: a sharding, or a tree of them that the batch's
             structure begins with, None where JAX may choose. One from a loader is then cut over the mesh as it
             arrives; without `batch` every device gets, and computes, all of it.
@@ -60,8 +62,19 @@ def jit_step(step: Callable[P, R], *, like: Any = None, batch: Any = None, donat
     chosen = {place for place in places if place is not None}
     LIKE.unless_all(_is_placed_or_number if chosen else _is_placed, like, "like")
     only = chosen.pop() if len(chosen) == 1 else None
-    pinned: Any = {"in_shardings": only, "out_shardings": only} if isinstance(only, SingleDeviceSharding) else {}
+    pinned: Any = {"out_shardings": only} if isinstance(only, SingleDeviceSharding) else {}
+    if pinned and not _takes_names(step):
+        pinned["in_shardings"] = only
     return cast(JittedStep[P, R], jax.jit(_pinned(body, like, places), donate_argnums=donated, **pinned))
+
+
+def _takes_names(step: Callable[..., Any]) -> bool:
+    """Whether some arguments can come by name alone, which `jax.jit` refuses beside `in_shardings`."""
+    try:
+        kinds = {each.kind for each in inspect.signature(step).parameters.values()}
+    except (TypeError, ValueError):  # some builtins have none
+        return False
+    return bool(kinds & {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD})
 
 
 def _is_placed(leaf: Any) -> bool:
@@ -91,7 +104,7 @@ def _cut(step: Callable[..., Any], places: Any) -> Callable[..., Any]:
 
     @wraps(step)
     def cut(*args: Any, **kwargs: Any) -> Any:
-        PLACES.unless(len(args) > 1, "batch: no second argument, or one that was passed by name")
+        SECOND.unless(len(args) > 1, f"positional arguments: {len(args)}", f"by name: {sorted(kwargs)}")
         carry, batch, *others = args
         leaves, treedef = jax.tree.flatten(batch)
         goals = _of_each_leaf(places, batch)

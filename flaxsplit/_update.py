@@ -10,10 +10,10 @@ import optax
 from jaxtyping import Array, Float
 
 from ._checks import check_tx, checked
-from ._describe import describe, differences, form_of, is_array, is_numeric, same_structure, wraps
+from ._describe import describe, differences, is_array, is_numeric, same_structure, wraps
 from ._drift import check_drift
 from ._gradient import mean_loss, value_and_grad
-from ._refusals.improve import GRADS, NO_CARRY, NO_COUNT, NOT_NUMERIC, OPT_STATE, UNAVERAGED
+from ._refusals.update import GRADS, NO_CARRY, NO_COUNT, NOT_NUMERIC, OPT_STATE, UNAVERAGED
 from ._types import OVERWRITTEN, AuxT, AxisName, BatchT, Carry, GivenLoss, HostStep, P, State, Transformation
 
 AVERAGED: ContextVar[bool] = ContextVar("averaged", default=False)
@@ -56,10 +56,10 @@ def apply_gradients(tx: Transformation, carry: Carry, grads: Any, new_state: Sta
     new_state = check_drift(where, "state", carry.state, new_state)
     try:
         updates, opt_state = tx.update(grads, carry.opt_state, carry.params, **_taken(tx, extra))
+        params = check_drift(where, "params", carry.params, optax.apply_updates(carry.params, updates))
+        opt_state = check_drift(where, "opt_state", carry.opt_state, opt_state)
     except Exception as error:
-        OPT_STATE.instead_of(error, error, tx, carry)
-    params = check_drift(where, "params", carry.params, optax.apply_updates(carry.params, updates))
-    opt_state = check_drift(where, "opt_state", carry.opt_state, opt_state)
+        OPT_STATE.instead_of(error, error, tx, carry, grads)
     return Carry(carry.step + 1, params, new_state, opt_state)
 
 
@@ -162,7 +162,7 @@ def _taken(tx: Transformation, extra: dict[str, Any]) -> dict[str, Any]:
 
 def check_carry(carry: Any) -> None:
     """Recognises what is often passed for a carry."""
-    NO_CARRY.unless(isinstance(carry, Carry), f"carry: {form_of(carry)}")
+    NO_CARRY.unless(isinstance(carry, Carry), carry)
     NOT_NUMERIC.unless_all(is_numeric, carry, "carry")
     is_count = (is_array(carry.step) or isinstance(carry.step, int)) and not jnp.shape(carry.step)
     NO_COUNT.unless(is_count, f"carry.step: {describe(carry.step)}")

@@ -212,7 +212,14 @@ class Stack:
     functions: tuple[str, ...] = ()
     """Around `with_mutable`: some of `rngs`, `vmap`, in this order."""
     steps: tuple[str, ...] = ()
-    """Around `with_optimizer`: some of `ema`, `traced`, in this order."""
+    """Around the step: some of `ema`, `skip`, `traced`; an average lies within what may be skipped."""
+    opened: bool = False
+    """Whether `value_and_grad` and `apply_gradients` are called by hand."""
+    given: str = "none"
+    """How the call gives the loss its weight: by its `place`, by its `name`, or not."""
+    every: int = 1
+    of: str = "params"
+    """What is averaged: the `params`, or `all` that the model has."""
     microbatches: int = 1
     like: bool = False
     donate: bool = True

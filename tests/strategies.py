@@ -367,10 +367,16 @@ def stacks(draw: st.DrawFn, model: drawn.Model, microbatches: list[int] | None =
     functions = ["rngs"] if model.has(drawn.Dropout) else []
     if not model.cached and draw(st.booleans()):  # a cache has the batch axis itself
         functions.append("vmap")
-    steps = draw(st.lists(st.sampled_from(["ema", "traced"]), unique=True))
+    steps = draw(st.lists(st.sampled_from(["ema", "skip", "traced"]), unique=True))
+    if {"ema", "skip"} <= {*steps}:
+        steps = ["ema", *(name for name in steps if name != "ema")]
     return drawn.Stack(
         tuple(draw(st.permutations(functions))),
         tuple(steps),
+        draw(st.booleans()),
+        draw(st.sampled_from(["none", "place", "name"])),
+        draw(st.integers(1, 3)) if "ema" in steps else 1,
+        draw(st.sampled_from(["params", "all"])) if "ema" in steps else "params",
         draw(st.sampled_from(microbatches or [1])) if not model.cached else 1,
         draw(st.booleans()),
         draw(st.booleans()),

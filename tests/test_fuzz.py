@@ -4,9 +4,11 @@ Each test draws for FUZZ_SECONDS and no longer; `make fuzz` sets more.
 """
 
 import pathlib
+import re
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax.serialization
@@ -19,7 +21,14 @@ import pytest
 from flax import nnx
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -66,17 +75,45 @@ def error(model: Model, result: Any, y: Any) -> Any:
     return ((out - y) ** 2).mean() + sum((leaf.astype(jnp.float32) ** 2).mean() for leaf in jax.tree.leaves(sown))
 
 
+def opened(loss_fn: Any, tx: Any, microbatches: int) -> Any:
+    """The step of `with_optimizer`, by hand: somebody could write lines of his own in between."""
+    grads_of = fs.value_and_grad(loss_fn, microbatches=microbatches)
+
+    def step(carry: Any, batch: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        (loss, grads), state = grads_of(carry.params, carry.state, batch, *args, **kwargs)
+        return fs.apply_gradients(tx, carry, grads, state, value=loss), loss
+
+    return step
+
+
+def averaged(stack: Stack, params: Any, state: Any) -> Any:
+    """What an average is of: whole numbers of a cache are among it."""
+    own = {name: tree for name, tree in state.items() if name not in ("params", "rngs", "ema")}
+    return params if stack.of == "params" else {"params": params, **own}
+
+
 def stepped(model: Model, stack: Stack, tx: optax.GradientTransformation, traces: int = 1) -> Any:
     """The step of a stack, traced so often at most."""
     fn = applied(model, stack)
 
-    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    def loss_fn(params: Any, state: Any, batch: Any, weight: Any = 1.0) -> tuple[Any, Any]:
         out, state = fn(params, state, batch[0])
-        return error(model, out, batch[1]), state
+        return weight * error(model, out, batch[1]), state
 
-    step: Any = fs.with_optimizer(loss_fn, tx, microbatches=stack.microbatches)
+    def by_name(params: Any, state: Any, batch: Any, *, weight: Any = 1.0) -> tuple[Any, Any]:
+        return loss_fn(params, state, batch, weight)
+
+    return wrapped(stack, by_name if stack.given == "name" else loss_fn, tx, traces)
+
+
+def wrapped(stack: Stack, loss_fn: Any, tx: optax.GradientTransformation, traces: int) -> Any:
+    """The steps of a stack around a loss."""
+    count = stack.microbatches
+    step: Any = opened(loss_fn, tx, count) if stack.opened else fs.with_optimizer(loss_fn, tx, microbatches=count)
+    of: Any = lambda carry: averaged(stack, carry.params, carry.state)  # noqa: E731
     wrap: dict[str, Callable[[Any], Any]] = {
-        "ema": lambda step: fs.with_ema(step, decay=DECAY),
+        "ema": lambda step: fs.with_ema(step, decay=DECAY, of=of, every=stack.every),
+        "skip": fs.skip_nonfinite,
         "traced": lambda step: fs.assert_max_traces(step, traces),
     }
     for name in stack.steps:
@@ -122,19 +159,20 @@ def applied_by_hand(model: Model, stack: Stack, params: Any, state: Any, x: Any)
 
 
 def step_by_hand(model: Model, stack: Stack, tx: Any) -> Any:
-    """The guide's loop body over `(params, state, opt_state)`."""
+    """The guide's loop body over `(params, state, opt_state)`, and how many steps were taken before."""
     tx = optax.with_extra_args_support(tx)
 
-    def loss_fn(params: Any, state: Any, x: Any, y: Any) -> tuple[Any, Any]:
+    def loss_fn(params: Any, state: Any, x: Any, y: Any, weight: Any) -> tuple[Any, Any]:
         out, state = applied_by_hand(model, stack, params, state, x)
-        return error(model, out, y), state
+        return weight * error(model, out, y), state
 
-    def step(params: Any, state: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, Any, Any]:
+    def step(params: Any, state: Any, opt_state: Any, taken: Any, batch: Any, weight: Any = 1.0) -> Any:
+        before = params, state, opt_state
         count = stack.microbatches
         losses, grads = [], []
         for i in range(count):
             x, y = (leaf[i::count] for leaf in batch)
-            (loss, state), grad = jax.value_and_grad(loss_fn, has_aux=True)(params, state, x, y)
+            (loss, state), grad = jax.value_and_grad(loss_fn, has_aux=True)(params, state, x, y, weight)
             losses.append(loss)
             grads.append(grad)
         loss, mean = losses[0], grads[0]
@@ -144,11 +182,53 @@ def step_by_hand(model: Model, stack: Stack, tx: Any) -> Any:
         updates, opt_state = tx.update(mean, opt_state, params, value=loss)
         params = optax.apply_updates(params, updates)
         if "ema" in stack.steps:
-            ema = optax.incremental_update(params, state["ema"], 1 - DECAY)
-            state = {**state, "ema": jax.tree.map(lambda new, old: new.astype(old.dtype), ema, state["ema"])}
+            state = {**state, "ema": average_by_hand(stack, params, state, taken)}
+        if "skip" in stack.steps:
+            params, state, opt_state = kept_by_hand(before, (params, state, opt_state), loss)
         return params, state, opt_state, loss
 
     return step
+
+
+def average_by_hand(stack: Stack, params: Any, state: Any, taken: Any) -> Any:
+    """The average after a step."""
+
+    def blended(new: Any, old: Any) -> Any:
+        floating = jnp.issubdtype(old.dtype, jnp.inexact)
+        return ((1 - DECAY) * new + (1.0 - (1 - DECAY)) * old).astype(old.dtype) if floating else new
+
+    def blend() -> Any:
+        return jax.tree.map(blended, averaged(stack, params, state), state["ema"])
+
+    return blend() if stack.every == 1 else jax.lax.cond((taken + 1) % stack.every == 0, blend, lambda: state["ema"])
+
+
+def kept_by_hand(before: Any, after: Any, loss: Any) -> Any:
+    """What a step leaves that is not taken where a number is not finite: all as it was, but for the keys."""
+    keys = {name: tree for name, tree in after[1].items() if name == "rngs"}
+    rest, old = (
+        (each[0], {name: each[1][name] for name in each[1] if name != "rngs"}, each[2]) for each in (after, before)
+    )
+    floats = [
+        jnp.all(jnp.isfinite(new) | ~jnp.isfinite(was))
+        for new, was in zip(jax.tree.leaves(rest), jax.tree.leaves(old), strict=True)
+        if jnp.issubdtype(new.dtype, jnp.inexact)
+    ]
+    fine = jnp.stack([*floats, jnp.isfinite(loss)]).all()
+    params, state, opt_state = jax.tree.map(lambda new, was: jnp.where(fine, new, was), rest, old)
+    return params, {**state, **keys}, opt_state
+
+
+def begun(model: Model, stack: Stack) -> tuple[Any, Any]:
+    """Params and state, with the average of this stack."""
+    params, state = model.halves()
+    return params, state | {"ema": averaged(stack, params, state)}
+
+
+def said(stack: Stack, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The further arguments of a call: one program for all weights."""
+    weight = jnp.float32(1 + seed / 4)
+    return ((weight,) if stack.given == "place" else ()), ({"weight": weight} if stack.given == "name" else {})
 
 
 def parts(carry: fs.Carry) -> tuple[Any, Any, Any]:
@@ -364,7 +444,7 @@ def assert_same(left: Any, right: Any) -> None:
 @some.fuzzed(model=some.models(rounding=False, drifting=True), data=st.data(), seed=st.integers(0, 99))
 def test_a_settled_state_stays(model: Model, data: st.DataObject, seed: int) -> None:
     params, state = model.halves()
-    stack, batch = data.draw(some.stacks(model)), model.batch(seed)
+    stack, batch = replace(data.draw(some.stacks(model)), of="params"), model.batch(seed)
     fn = applied(model, stack)
     start, expected = data.draw(some.narrowed(model.updated(state)))
     kept = some.flat(start)  # NumPy's leaves are read-only, as JAX's
@@ -397,17 +477,27 @@ def test_a_settled_state_stays(model: Model, data: st.DataObject, seed: int) -> 
 # Laws 4 and 6: a frozen leaf is in the state, which is compared too
 
 
+def program(step: Any, *args: Any, **kwargs: Any) -> str:
+    """All that a step computes; functions that JAX made are known by their address."""
+    return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(step)(*args, **kwargs)))
+
+
 def trained(model: Model, stack: Stack, tx: optax.GradientTransformation, check: Any) -> None:
-    """Takes three steps by flaxsplit and by hand."""
-    params, state = model.halves()
+    """Takes three steps by flaxsplit and by hand; opened or not, a step is the same program."""
+    params, state = begun(model, stack)
     carry = fs.init_carry(params, state, tx)
     hand = parts(carry)
     step, by_hand = jitted(stepped(model, stack, tx), stack, carry), jax.jit(step_by_hand(model, stack, tx))
     assert structure(carry.opt_state) == structure(tx.init(params))
+    either, other = stepped(model, stack, tx), stepped(model, replace(stack, opened=not stack.opened), tx)
+    args, kwargs = said(stack, 0)
+    assert program(either, carry, model.batch(0), *args, **kwargs) == program(
+        other, carry, model.batch(0), *args, **kwargs
+    )
     for seed in range(3):
-        batch = model.batch(seed)
-        carry, loss = step(carry, batch)
-        *hand, expected = by_hand(*hand, batch)
+        batch, (args, kwargs) = model.batch(seed), said(stack, seed)
+        carry, loss = step(carry, batch, *args, **kwargs)
+        *hand, expected = by_hand(*hand, jnp.int32(seed), batch, *args, **kwargs)
         check((carry.params, carry.state, carry.opt_state, loss), (*hand, expected))
     assert step._cache_size() == 1
     assert_bits(carry.state.get("params", {}), state.get("params", {}))
@@ -425,17 +515,33 @@ def test_laws_4_and_6_the_loop_of_the_guide(model: Model, tx: optax.GradientTran
 def test_law_10_a_poisoned_batch_changes_the_keys_alone(
     model: Model, tx: optax.GradientTransformation, data: Any
 ) -> None:
-    params, state = model.halves()
-    stack = data.draw(some.stacks(model))
-    carry = fs.init_carry(params, state, tx)
-    step = jitted(fs.skip_nonfinite(stepped(model, stack, tx)), stack, carry)
-    carry, _ = step(carry, model.batch(0))
+    stack = data.draw(some.stacks(model, [1, 2]))
+    stack = replace(stack, steps=tuple(name for name in stack.steps if name == "ema"))
+    carry = fs.init_carry(*begun(model, stack), tx)
+    step = stepped(model, stack, tx)
+    both = jax.jit(lambda *args, **kwargs: (fs.skip_nonfinite(step)(*args, **kwargs), step(*args, **kwargs)))
+    args, kwargs = said(stack, 1)
+    (carry, loss), plain = both(carry, model.batch(0), *args, **kwargs)
+    assert is_finite(loss)
+    assert_bits((carry, loss), plain)
     x, y = model.batch(1)
-    kept = jax.tree.map(jnp.copy, without_keys(carry))
-    after, loss = step(carry, (poisoned(x), y))
+    if data.draw(st.booleans()):
+        x = poisoned(x)  # tokens cannot be
+    else:
+        y = poisoned(y)
+    (after, loss), (_, plain_loss) = both(carry, (x, y), *args, **kwargs)
+    assert_bits(loss, plain_loss)
+    assert is_finite(loss) == is_finite((x, y)) or not is_finite(loss)
     if not is_finite(loss):
-        assert_bits(without_keys(after), kept)
+        assert_bits(without_keys(after), without_keys(carry))
+        assert model.has(Dropout) == (not same_keys(after, carry))
     assert is_finite(without_keys(after))
+
+
+def same_keys(left: fs.Carry, right: fs.Carry) -> bool:
+    """Whether no stream has moved."""
+    pairs = zip(*(jax.tree.leaves(each.state.get("rngs", {})) for each in (left, right)), strict=True)
+    return all(bool((jax.random.key_data(a) == jax.random.key_data(b)).all()) for a, b in pairs)
 
 
 def poisoned(tree: Any) -> Any:
@@ -480,7 +586,7 @@ def stacked_sizes(batches: list[Any], size: int) -> list[int]:
 @some.fuzzed(model=some.models(rounding=False), data=st.data(), unroll=st.integers(1, 2))
 def test_law_5_scan(model: Model, data: st.DataObject, unroll: int) -> None:
     stack = data.draw(some.stacks(model, [1, 2]))
-    carry = fs.init_carry(*model.halves(), SGD)
+    carry = fs.init_carry(*begun(model, stack), SGD)
     hand = parts(carry)
     batches, size = data.draw(some.batches(model))
     stacks = list(fs.stack_batches(iter(batches), size))
@@ -490,11 +596,12 @@ def test_law_5_scan(model: Model, data: st.DataObject, unroll: int) -> None:
     scan = jitted(fs.scan_steps(step, unroll=unroll), stack, carry)
     by_hand = jax.jit(step_by_hand(model, stack, SGD))
     losses = []
+    args, kwargs = said(stack, len(batches))
     for each in stacks:
-        carry, outs = scan(carry, each)
+        carry, outs = scan(carry, each, *args, **kwargs)
         losses += [*outs]
-    for loss, batch in zip(losses, batches, strict=True):
-        *hand, expected = by_hand(*hand, batch)
+    for i, (loss, batch) in enumerate(zip(losses, batches, strict=True)):
+        *hand, expected = by_hand(*hand, jnp.int32(i), batch, *args, **kwargs)
         assert_close(loss, expected)
     assert_close((carry.params, carry.state, carry.opt_state), tuple(hand))
 
@@ -510,7 +617,7 @@ def test_law_5_microbatches(model: Model, data: st.DataObject) -> None:
 @some.fuzzed(model=some.models(rounding=False), data=st.data())
 def test_law_8_mesh(model: Model, data: st.DataObject) -> None:
     stack = data.draw(some.stacks(model))
-    single = fs.init_carry(*model.halves(), SGD)
+    single = fs.init_carry(*begun(model, stack), SGD)
     sharded = jax.device_put(jax.tree.map(jnp.copy, single), by_shape(PAIRS, single))
     step = jitted(stepped(model, stack, SGD), Stack(), single)
     on_mesh: Any = fs.jit_step(stepped(model, stack, SGD), like=sharded)
@@ -602,7 +709,7 @@ class Training(RuleBasedStateMachine):
         self.budget.next()
         self.model, self.stack = model, data.draw(some.stacks(model))
         self.tx = some.OPTIMIZERS[tx]
-        self.carry = fs.init_carry(*model.halves(), self.tx)
+        self.carry = fs.init_carry(*begun(model, self.stack), self.tx)
         self.first = jax.tree.map(jnp.copy, self.carry)
         self.hand: Any = parts(self.carry)
         step = stepped(model, self.stack, self.tx)
@@ -615,20 +722,32 @@ class Training(RuleBasedStateMachine):
 
     @rule(seed=st.integers(0, 9))
     def steps(self, seed: int) -> None:
-        batch = self.model.batch(seed)
-        self.carry, loss = self.step(self.carry, batch)
-        *self.hand, expected = self.by_hand(*self.hand, batch)
-        assert_bits(loss, expected)
+        self.takes(self.model.batch(seed), seed)
         self.count += 1
 
-    @rule(data=st.data())
-    def scans(self, data: st.DataObject) -> None:
+    def takes(self, batch: Any, seed: int) -> None:
+        args, kwargs = said(self.stack, seed)
+        self.carry, loss = self.step(self.carry, batch, *args, **kwargs)
+        *self.hand, expected = self.by_hand(*self.hand, jnp.int32(self.count), batch, *args, **kwargs)
+        assert_bits(loss, expected)
+
+    @precondition(lambda self: "skip" in self.stack.steps)
+    @rule(seed=st.integers(0, 9))
+    def skips(self, seed: int) -> None:
+        x, y = self.model.batch(seed)
+        kept = jax.tree.map(jnp.copy, without_keys(self.carry))
+        self.takes((x, poisoned(y)), seed)
+        assert_bits(without_keys(self.carry), kept)
+
+    @rule(data=st.data(), seed=st.integers(0, 9))
+    def scans(self, data: st.DataObject, seed: int) -> None:
         batches, size = data.draw(some.batches(self.model))
+        args, kwargs = said(self.stack, seed)
         for each in fs.stack_batches(batches, size):
-            self.carry, _ = self.scan(self.carry, each)
+            self.carry, _ = self.scan(self.carry, each, *args, **kwargs)
             self.stacks.add((type(each[1]), each[1].shape))  # NumPy's arrays are dispatched apart, not traced apart
-        for batch in batches:
-            *self.hand, _ = self.by_hand(*self.hand, batch)
+        for i, batch in enumerate(batches):
+            *self.hand, _ = self.by_hand(*self.hand, jnp.int32(self.count + i), batch, *args, **kwargs)
         # Two programs: XLA may round otherwise. From here on both go on from the same numbers.
         assert_close(parts(self.carry), tuple(self.hand), 1e-3)
         self.hand = parts(self.carry)
@@ -643,6 +762,26 @@ class Training(RuleBasedStateMachine):
         self.carry = fs.adopt_carry(self.carry._replace(state=state), self.first)
         params, _, opt_state = self.hand
         self.hand = [params, settled, opt_state]
+
+    @rule(form=st.sampled_from(["numpy", "names", "lists", "words"]), strict=st.booleans())
+    def adopts(self, form: str, strict: bool) -> None:
+        forms: dict[str, Callable[[Any], Any]] = {
+            "numpy": lambda carry: carry,
+            "names": lambda carry: carry._asdict(),
+            "lists": lambda carry: carry._replace(opt_state=listed(carry.opt_state)),
+            "words": flax.serialization.to_state_dict,
+        }
+        self.carry = fs.adopt_carry(forms[form](bare(self.carry)), self.first, strict=strict)
+
+    @rule()
+    def unfreezes_and_freezes(self) -> None:
+        own = {name: tree for name, tree in self.carry.state.items() if name not in ("rngs", "ema")}
+        params, state = fs.split_params(fs.merge_state(self.carry.params, own))
+        wide = fs.init_carry(params, self.carry.state | state, self.tx)
+        wide = wide._replace(state={name: tree for name, tree in wide.state.items() if name != "params"})
+        there = fs.adopt_carry(self.carry, wide, strict=False)
+        assert_bits(there.params, params)
+        self.carry = fs.adopt_carry(there, self.first, strict=False)
 
     @rule()
     def splits_and_merges(self) -> None:
@@ -700,6 +839,11 @@ class Training(RuleBasedStateMachine):
             self.budget.failed = True
         elif error is None:
             self.budget.end()
+
+
+def listed(tree: Any) -> Any:
+    """Lists for tuples, as JSON and YAML keep them; what has names is left."""
+    return [listed(each) for each in tree] if type(tree) is tuple else tree
 
 
 def bare(carry: Any) -> Any:

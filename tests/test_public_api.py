@@ -76,7 +76,8 @@ def test_every_public_docstring_has_an_example_and_what_comes_out(name: str) -> 
 _LINES = (
     "_types _describe _paths _upstream _caller _context _errors",
     "_refusals.options _refusals.apart _refusals.run _refusals.upstream _refusals.apply _refusals.linear",
-    "_refusals.lanes _refusals.carry _refusals.improve _refusals.keep _refusals.many _refusals.watch _refusals.nnx",
+    "_refusals.lanes _refusals.carry _refusals.adopt _refusals.improve _refusals.update _refusals.keep",
+    "_refusals.many _refusals.watch _refusals.nnx",
     "_checks _axes _filters _split _jaxprs _linear _lost _untouched _mutable _rngs _lanes _vmap _settle",
     "_place _drift _carry _adopt _gradient _update _finite _ema _scan _jit _traces _nnx",
 )

@@ -260,8 +260,7 @@ FOREIGN: dict[str, dict[str, str]] = {
     "init_carry(params)": _LEAKED,
     "init_carry(state)": _LEAKED,
     "adopt_carry(restored), its params": _LEAKED,
-    "with_ema(step)(carry), its ema": _LEAKED
-    | {"a deleted buffer": "builtins.RuntimeError", "an array on another device": "builtins.ValueError"},  # at an op
+    "with_ema(step)(carry), its ema": _LEAKED | {"an array on another device": "builtins.ValueError"},  # at an op
     "apply_gradients(grads)": _LEAKED
     | {"a deleted buffer": "builtins.RuntimeError", "an array on another device": "builtins.ValueError"},  # at an op
 }

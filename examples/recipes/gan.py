@@ -1,8 +1,8 @@
 """A GAN: two models, two optimizers.
 
-Each player is a carry of its own, with batch statistics here and spectral norms there; a pair of carries is a pytree,
-so the whole game is one step: `with_optimizer` updates the discriminator, whose batch is what the generator made; the
-generator's update is written by hand, which the same parts allow, since its loss needs its rival's params.
+Each player is a carry of its own, with batch statistics here and spectral norms there. A pair of carries is a pytree,
+so the whole game is one step. `with_optimizer` updates each player: the discriminator's batch is what the generator
+made, and the generator's loss gets its rival as a further argument of the call.
 """
 
 from typing import Any, NamedTuple
@@ -48,7 +48,7 @@ tx_g, tx_d = optax.adam(2e-3, b1=0.5), optax.adam(2e-3, b1=0.5)
 
 
 def generator_loss(
-    params: dict[str, Any], state: dict[str, Any], rival: fs.Carry, z: Array
+    params: dict[str, Any], state: dict[str, Any], z: Array, rival: fs.Carry
 ) -> tuple[Array, dict[str, Any]]:
     fake, state = generate(params, state, z, train=True)
     logits, _ = peek(rival.params, rival.state, fake, train=False)
@@ -64,6 +64,7 @@ def discriminator_loss(
     return nn.softplus(sign * logits).mean(), state
 
 
+update_generator = fs.with_optimizer(generator_loss, tx_g)
 update_discriminator = fs.with_optimizer(discriminator_loss, tx_d)
 
 
@@ -72,10 +73,7 @@ def play(players: Players, batch: tuple[Array, Array]) -> tuple[Players, dict[st
     g, d = players
     fake, _ = generate(g.params, g.state, z)
     d, d_loss = update_discriminator(d, (real, fake))
-
-    (g_loss, g_state), grads = jax.value_and_grad(generator_loss, has_aux=True)(g.params, g.state, d, z)
-    updates, opt_state = tx_g.update(grads, g.opt_state, g.params)
-    g = fs.Carry(g.step + 1, optax.apply_updates(g.params, updates), g_state, opt_state)
+    g, g_loss = update_generator(g, z, d)
     return Players(g, d), {"generator": g_loss, "discriminator": d_loss}
 
 

@@ -1,20 +1,17 @@
-"""Refusals of what makes, keeps and restores a carry."""
+"""Refusals of what makes and keeps a carry."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax.core import freeze
 
-from flaxsplit._describe import ABSENT, Difference, describe, differences, place_of, same_structure, strong
-from flaxsplit._errors import CollectionError, Explained, Guess, Refusal, SignatureError, StateDriftError
+from flaxsplit._describe import Difference, describe, differences, place_of, same_structure, strong
+from flaxsplit._errors import Explained, Guess, Refusal, SignatureError, StateDriftError
 
 from .options import sown_in
 
-Place = tuple[str, ...]
-
 _INIT = "init_carry(params, state, tx)"
-_ADOPT = "adopt_carry(restored, like)"
 
 _RENEWED = (
     "init_carry(carry.params, carry.state, tx) with the tx of the step, whose state begins anew; or, where it is of "
@@ -41,6 +38,13 @@ NOT_GIVEN = Refusal(
     "every leaf must be an array or a number",
     "a function, a string, an abstract value, a donated array or another object is in the tree",
     "keep what does not change in the closure of the step; for an abstract carry, jax.eval_shape of init_carry",
+)
+NO_STATE = Refusal(
+    SignatureError,
+    _INIT,
+    "state must be a mapping {collection: tree}",
+    "the model has no state, or the arguments are in another order",
+    "init_carry(params, {}, tx) for a model without state",
 )
 TOO_WIDE = Refusal(
     SignatureError,
@@ -93,85 +97,6 @@ def APART(placements: Mapping[str, Any]) -> Explained:  # noqa: N802 (a row as t
     )
 
 
-# ---- adopt_carry
-
-LIKE = Refusal(
-    SignatureError,
-    _ADOPT,
-    "every leaf of like must say its shape and dtype",
-    "restored and like were swapped, or like is no carry",
-    "adopt_carry(restored, init_carry(params, state, tx))",
-)
-_UNADOPTED = Refusal(
-    CollectionError,
-    _ADOPT,
-    "every leaf must have the shape and dtype that it has in like (like -> restored)",
-    "the checkpoint is of another model or optimizer",
-    "adopt_carry(restored, init_carry(params, state, tx)) with the model and tx that were saved",
-)
-_DONATED = _UNADOPTED.but(
-    cause="a step was given this carry, and took its buffers",
-    fix="adopt what the step returned; or, before the step, keep jax.tree.map(jnp.copy, carry)",
-)
-_PARTS = _UNADOPTED.but(
-    cause="other params are frozen, or an average or a part of tx came or went, since it was saved",
-    fix="carry = adopt_carry(restored, like, strict=False)",
-)
-_NO_STEP = _PARTS.but(cause="variables were saved, without the optimizer's state and the count of steps")
-_PARAMS = _PARTS.but(
-    cause="params alone were saved, without the state, the optimizer's state and the count of steps",
-    fix="carry = adopt_carry({'params': restored}, like, strict=False), where the rest is that of like",
-)
-_COUNT = _PARTS.but(
-    cause="tx counts its updates, for a schedule, and did not when it was saved",
-    fix="carry = adopt_carry(restored, like, strict=False); to go on where the schedule would be, carry = adopt_carry("
-    "carry._replace(opt_state=optax.tree_utils.tree_set(carry.opt_state, count=carry.step)), like)",
-)
-_OPTIMIZER = _UNADOPTED.but(
-    cause="an nnx.Optimizer was saved, which holds no params: they are its module's",
-    fix="_, params, state = from_nnx(module); saved = nnx.state(optimizer); carry = adopt_carry({'step': "
-    "saved['step'], 'params': params, 'state': state, 'opt_state': saved['opt_state']}, like)",
-)
-
-
-@Guess
-def UNADOPTED(  # noqa: N802
-    wrong: list[Difference], restored: Any, held: Collection[Place], wanted: Collection[Place], kept: Any
-) -> Explained:
-    """A checkpoint of something else than the carry. `kept()` gives the places that are found where not strict."""
-    if any(each.after.startswith("deleted") for each in wrong):
-        return _DONATED(*map(str, wrong))
-    others = restored.values() if isinstance(restored, Mapping) else ()
-    if any(map(_is_optimizer, (restored, *others))):
-        row = _OPTIMIZER
-    elif {*held} == {("state", *place[1:]) for place in wanted if place[:1] == ("params",)}:  # no part of it is named
-        row = _PARAMS
-    elif any(ABSENT not in each for each in wrong) or not _keeps_params(held, wanted):
-        row = _UNADOPTED
-    elif ("step",) not in held:
-        row = _NO_STEP
-    else:
-        new = {place[-1] for place in {*wanted}.difference(kept())}
-        row = _COUNT if new == {"count"} else _PARTS
-    return row(*map(str, wrong))
-
-
-def _is_optimizer(tree: Any) -> bool:
-    names = tree if isinstance(tree, Mapping) else dir(tree)
-    return "opt_state" in names and not {"params", "state"} & {*names}
-
-
-def _keeps_params(held: Collection[Place], wanted: Collection[Place]) -> bool:
-    """Whether there are params, and a place for each, trained or frozen."""
-    saved, due = _params_in(held), _params_in(wanted)
-    return bool(saved) and saved <= due
-
-
-def _params_in(places: Collection[Place]) -> set[Place]:
-    trained = {place[1:] for place in places if place[:1] == ("params",)}
-    return trained | {place[2:] for place in places if place[:2] == ("state", "params")}
-
-
 # ---- drift: a carry that would come out in another form
 
 
@@ -219,6 +144,10 @@ def _kind_of(changed: list[Difference]) -> str:
 
 
 def _cause_and_fix(name: str, changed: list[Difference]) -> tuple[str, str]:
+    if any("FrozenDict" in (each.before, each.after) for each in changed):
+        return "a FrozenDict where a plain dict is due", (
+            "return loss, flax.core.unfreeze(new_state); for a carry, init_carry(params, state, tx) makes plain dicts"
+        )
     kind = _kind_of(changed)
     if name in ("params", "opt_state"):
         cause = f"tx gives {name} another form than it took"

@@ -1,24 +1,17 @@
-"""Refusals of what turns a loss into a step: gradients, and updates."""
+"""Refusals of what turns a loss into gradients."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from flaxsplit._describe import describe, differences, form_of, is_array, same_structure
+from flaxsplit._describe import describe, form_of, is_array, keyed_leaves, same_structure
 from flaxsplit._errors import Explained, Guess, Refusal, SignatureError, UnsyncedStateError, UntouchedStateWarning
-from flaxsplit._types import Carry
 
-from .carry import WITH_TX
 from .options import LISTED, form, function, unbound
 
 _GRADIENT = "value_and_grad(loss_fn)"
-_UPDATE = "apply_gradients(tx, carry, grads, new_state)"
-_STEP = "step(carry, batch)"
-
-# ---- value_and_grad
 
 LOSS_FN = function(_GRADIENT, "loss_fn", "def loss_fn(params, state, batch): ...; return loss, new_state")
 OVERWRITE = form(
@@ -149,86 +142,18 @@ def _unlike_a_loss(loss: Any) -> tuple[str, str]:
     return "the loss was not reduced to one number", "loss.mean()"
 
 
-# ---- apply_gradients, with_optimizer
-
-NO_CARRY = Refusal(
-    SignatureError,
-    _STEP,
-    "the first argument must be a Carry",
-    "params were passed, or what a checkpoint gave back was not adopted",
-    "init_carry(params, state, tx), or adopt_carry(restored, carry)",
-)
-NOT_NUMERIC = Refusal(
-    SignatureError,
-    _STEP,
-    "every leaf of the carry must be an array or a number",
-    "the carry was put together by hand",
-    "init_carry(params, state, tx)",
-)
-NO_COUNT = Refusal(
-    SignatureError,
-    _STEP,
-    "carry.step must be the count of updates, i32[]",
-    "the carry was put together by hand",
-    "init_carry(params, state, tx), or carry._replace(step=jnp.int32(count))",
-)
-UNAVERAGED = Refusal(
-    UntouchedStateWarning,
-    "with_optimizer(loss_fn, tx)",
-    "state['ema'] must be averaged, by with_ema around the step",
-    "with_ema was forgotten, or the tree is of your own",
-    "with_ema(with_optimizer(loss_fn, tx), decay=0.999); or state['extra'] for a tree of your own",
-)
-GRADS = Refusal(
-    SignatureError,
-    _UPDATE,
-    "grads must have the structure and shapes of carry.params (params -> grads)",
-    "the value came with the gradients, or they are of other params",
-    "(loss, grads), state = value_and_grad(loss_fn)(carry.params, carry.state, batch)",
-)
-
-
-PER_EXAMPLE = Refusal(
-    SignatureError,
-    _UPDATE,
-    "tx takes the gradient of each example, with a leading axis",
-    "tx clips every example's gradient (differential privacy), and got their mean",
-    "(loss, grads), state = vmap_stateful(value_and_grad(loss_fn))(carry.params, carry.state, batch), then "
-    "apply_gradients(tx, carry, grads, state)",
-)
-
-
-def _takes(tx: optax.GradientTransformation, carry: Carry, leading: tuple[int, ...]) -> bool:
-    """Whether the optimizer takes gradients that have these axes before those of the params."""
-
-    def update(params: Any, opt_state: Any) -> Any:
-        grads = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*leading, *leaf.shape)), params)
-        return tx.update(grads, opt_state, params)
-
-    try:
-        jax.eval_shape(update, carry.params, carry.opt_state)
-    except Exception:
-        return False
-    return True
-
-
 @Guess
-def OPT_STATE(error: Exception, tx: optax.GradientTransformation, carry: Carry) -> Explained:  # noqa: N802
-    """An error of the optimizer: ours, where the carry was made for another one; else its own."""
-    made = differences(_strong(jax.eval_shape(tx.init, carry.params)), _strong(carry.opt_state), "carry.opt_state")
-    if not made and _takes(tx, carry, (2,)) and not _takes(tx, carry, ()):
-        return PER_EXAMPLE(f"grads: like carry.params, without an axis of examples ({type(error).__name__})")
-    if not made:
+def WHOLE(error: Exception, batch: Any, further: Any, count: int) -> Explained:  # noqa: N802
+    """An error in a microbatch: ours, where a further argument has as many rows as the batch; else its own."""
+    rows = {leaf.shape[0] for leaf in jax.tree.leaves(batch) if is_array(leaf) and leaf.shape}
+    leaves = {name: leaf for tree in further for name, leaf in keyed_leaves(tree, "argument").items() if is_array(leaf)}
+    whole = [f"{name}: {describe(leaf)}" for name, leaf in leaves.items() if leaf.shape and leaf.shape[0] in rows]
+    if count == 1 or not whole or isinstance(error, Explained):
         raise error
     return SignatureError(
-        _UPDATE,
-        "carry.opt_state must be what tx.init(params) gives (tx -> carry)",
-        [str(each) for each in made],
-        "the carry was made with another tx, or for other params",
-        WITH_TX,
+        "value_and_grad(loss_fn, microbatches=...)",
+        f"what is split into {count} parts must be in the batch: further arguments go to each part whole",
+        [*whole, f"{type(error).__name__} in loss_fn"],
+        "the batch was passed as several arguments",
+        "def loss_fn(params, state, batch): x, y = batch; ..., and step(carry, (x, y))",
     )
-
-
-def _strong(tree: Any) -> Any:
-    """A weak type in the optimizer's state is no difference: a carry has none."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)

@@ -69,6 +69,11 @@ PLACES = Refusal(
     "a PartitionSpec or a mesh alone, or shardings of another batch",
     "jit_step(step, like=carry, batch=NamedSharding(mesh, PartitionSpec('data')))",
 )
+SECOND = PLACES.but(
+    required="the batch must be the second argument, and without its name",
+    cause="the batch was passed by name, or not at all",
+    fix="step(carry, batch)",
+)
 _UNDIVIDED = Refusal(
     SignatureError,
     "jit_step(batch=...)",

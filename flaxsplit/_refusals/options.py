@@ -65,6 +65,13 @@ def COUNT(where: str, count: Any) -> Explained:  # noqa: N802 (a row as the othe
 
 
 LISTED = "a list was returned, where a tuple is due"
+DONATED = Refusal(
+    SignatureError,
+    "$where",
+    "step must leave the carry that it is given: it is read again afterwards",
+    "step was compiled by jit_step, which donates its carry, before it was wrapped; or this carry was passed twice",
+    "jit_step($where): to compile comes last",
+)
 
 
 @Guess
