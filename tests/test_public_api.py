@@ -79,7 +79,7 @@ _LINES = (
     "_refusals.lanes _refusals.carry _refusals.adopt _refusals.improve _refusals.update _refusals.keep",
     "_refusals.many _refusals.watch _refusals.nnx",
     "_checks _axes _filters _split _jaxprs _linear _lost _untouched _mutable _rngs _lanes _vmap _settle",
-    "_place _drift _carry _adopt _gradient _update _finite _ema _scan _jit _traces _nnx",
+    "_place _drift _carry _adopt _microbatches _gradient _update _finite _ema _scan _jit _traces _nnx",
 )
 READING_ORDER = [name for line in _LINES for name in line.split()]
 
