@@ -12,10 +12,13 @@ from ._errors import SignatureError as SignatureError
 from ._errors import StateDriftError as StateDriftError
 from ._errors import UnsyncedStateError as UnsyncedStateError
 from ._errors import UntouchedStateWarning as UntouchedStateWarning
+from ._explain import explain_step as explain_step
 from ._finite import skip_nonfinite as skip_nonfinite
 from ._gradient import value_and_grad as value_and_grad
 from ._jit import jit_step as jit_step
 from ._mutable import with_mutable as with_mutable
+from ._report import Finding as Finding
+from ._report import StepReport as StepReport
 from ._rngs import rng_state as rng_state
 from ._rngs import with_rngs as with_rngs
 from ._scan import scan_steps as scan_steps

@@ -8,13 +8,20 @@ from typing import Any, NamedTuple
 # The optimized module as an object (`HloModule` of jaxlib has no instructions in Python) would replace both patterns.
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(", re.MULTILINE)
 _SHAPE = re.compile(r"([a-z]+)(\d+)?\w*\[([\d,]*)\]")
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 
 
 class Collective(NamedTuple):
     """All collectives of one kind: how many, and the bytes that they give."""
 
-    count: int
+    times: int
     bytes: int
 
 
@@ -30,7 +37,7 @@ def collectives(text: str) -> dict[str, Collective]:
         name = match[2].removesuffix("-start")
         if name in _COLLECTIVES:
             before = found.get(name, Collective(0, 0))
-            found[name] = Collective(before.count + 1, before.bytes + _bytes(match[1]))
+            found[name] = Collective(before.times + 1, before.bytes + _bytes(match[1]))
     return found
 
 

@@ -33,7 +33,7 @@ def explain_step(step: Callable[..., Any], carry: Any, batch: Any, *args: Any, *
 
     Args:
         step: any function `(carry, batch, ...) -> (carry, out)`: of flaxsplit, by hand, over a `TrainState`, of Equinox
-            or NNX's functional API. One that is jitted is looked at as it was jitted; another as `jit_step` would do it.
+            or NNX's functional API. What is jitted is looked at as it was jitted, another as `jit_step` would do it.
         carry: what it threads: arrays, numbers, or `jax.ShapeDtypeStruct`. Places and buffers are known of arrays only.
         batch: what it consumes.
         *args: what else it takes.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ._describe import Difference, describe, differences, is_array, is_deleted
+from ._describe import Abstract, Difference, describe, differences, is_array, is_deleted, same_structure
 from ._look import Leaf, Look
 
 LARGE = 1 << 20
@@ -41,8 +41,9 @@ def in_leaves(look: Look) -> Iterator[Found]:
 def _types(look: Look) -> Iterator[Found]:
     changed = [(old, new) for old, new in look.pairs if _type(old) != _type(new)]
     shape = [(old, new) for old, new in changed if old.aval.shape != new.aval.shape]
-    dtype = [(old, new) for old, new in changed if old.aval.shape == new.aval.shape and old.aval.dtype != new.aval.dtype]
-    weak = [pair for pair in changed if pair not in shape and pair not in dtype]
+    alike = [(old, new) for old, new in changed if old.aval.shape == new.aval.shape]
+    dtype = [(old, new) for old, new in alike if old.aval.dtype != new.aval.dtype]
+    weak = [(old, new) for old, new in alike if old.aval.dtype == new.aval.dtype]
     for kind, pairs in (("shape", shape), ("dtype", dtype), ("weak type", weak)):
         yield from found(kind, map(_change, pairs), sum(new.bytes for _, new in pairs))
     paired = {leaf.path for leaf, _ in look.pairs}
@@ -59,14 +60,13 @@ def _change(pair: tuple[Leaf, Leaf]) -> str:
 
 
 def _structure(look: Look) -> list[Difference]:
-    old, new = jax.tree.structure(look.carry), jax.tree.structure(look.new_carry)
-    same: Any = old == new
-    return [] if same else differences(_typed(look.carry), _typed(look.new_carry), "carry")
+    if same_structure(look.carry, look.new_carry):
+        return []
+    return differences(_said(look.carry), _said(look.new_carry), "carry")
 
 
-def _typed(tree: Any) -> Any:
-    """Leaves in words, so that only what is around them can differ."""
-    return jax.tree.map(lambda leaf: "array", tree)
+def _said(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: Abstract(describe(leaf)), tree)
 
 
 def _placement(look: Look) -> Iterator[Found]:
@@ -103,7 +103,9 @@ def _donation(look: Look) -> Iterator[Found]:
         size = sum(leaf.bytes for leaf in kept)
         yield from found("not donated", [f"carry: {len(kept)} leaves, {size} bytes"], size)
     outs = Counter((leaf.aval.shape, leaf.aval.dtype) for leaf in look.outputs)
+    told = {old.path for old, new in look.pairs if _type(old) != _type(new)}
     vain = [leaf for leaf in look.inputs if leaf.donated and is_array(leaf.given) and not _reused(leaf, outs)]
+    vain = [leaf for leaf in vain if leaf.path not in told and (leaf in carry or not look.filtered)]
     lines = (f"{leaf.path}: {describe(leaf.aval)}" for leaf in vain)
     yield from found("donated in vain", lines, sum(leaf.bytes for leaf in vain))
 
@@ -134,9 +136,9 @@ def _buffer(leaf: Leaf) -> Any:
 
 
 def _host(look: Look) -> Iterator[Found]:
-    held = [leaf for leaf in look.part("carry") if isinstance(leaf.given, np.ndarray)]
-    yield from found("host carry", (f"{leaf.path}: {describe(leaf.given)}" for leaf in held), sum(x.bytes for x in held))
-    beside = [leaf for leaf in look.inputs if leaf.names[0] not in ("carry", "batch") and leaf.bytes >= LARGE]
-    copied = [leaf for leaf in beside if isinstance(leaf.given, np.ndarray)]
-    lines = (f"{leaf.path}: {describe(leaf.given)}" for leaf in copied)
-    yield from found("host constants", lines, sum(leaf.bytes for leaf in copied))
+    held = [leaf for leaf in look.inputs if isinstance(leaf.given, np.ndarray)]
+    carried = [leaf for leaf in held if leaf.names[0] == "carry"]
+    beside = [leaf for leaf in held if leaf.names[0] not in ("carry", "batch") and leaf.bytes >= LARGE]
+    for kind, leaves in (("host carry", carried), ("host constants", beside)):
+        lines = (f"{leaf.path}: {describe(leaf.given)}" for leaf in leaves)
+        yield from found(kind, lines, sum(leaf.bytes for leaf in leaves))

@@ -26,19 +26,21 @@ def _words(leaf: Leaf) -> str:
 
 
 def _unchanged(look: Look) -> list[Leaf]:
-    return [old for old, new in look.pairs if look.flow.outs[new.index].same == old.index]
+    return [old for old, new in look.pairs if look.flow.outs[new.at].same == old.at]
 
 
 def _read_elsewhere(look: Look, leaf: Leaf) -> bool:
     """Whether an output depends on it, other than by being it."""
-    return any(out.reads >> leaf.index & 1 and out.same != leaf.index for out in look.flow.outs)
+    return any(out.reads >> leaf.at & 1 and out.same != leaf.at for out in look.flow.outs)
 
 
 def _kept(look: Look) -> Iterator[Found]:
-    """Leaves that come back as they came: which of them should not have."""
+    """Leaves that come back as they came: which of them should not have. A step that trains nothing evaluates."""
+    if all(look.flow.outs[new.at].same == old.at for old, new in look.pairs if _is_float(old)):
+        return
     kept = [leaf for leaf in _unchanged(look) if not _is_key(leaf) and not set(leaf.names) & set(_OWN)]
-    touched = [leaf for leaf in kept if look.flow.touched >> leaf.index & 1]
-    never = [leaf for leaf in kept if leaf not in touched]
+    touched = [leaf for leaf in kept if look.flow.touched >> leaf.at & 1]
+    never = [leaf for leaf in kept if leaf not in touched and _is_float(leaf)]  # a counter may wait for another mode
     dropped = [leaf for leaf in touched if not _read_elsewhere(look, leaf)]
     still = [leaf for leaf in statistics_of(look) if leaf in touched and leaf not in dropped]
     still = [leaf for leaf in still if _is_trained_around(look, leaf, kept)]
@@ -96,14 +98,14 @@ def _is_key(leaf: Leaf) -> bool:
 
 
 def _keys(look: Look) -> Iterator[Found]:
-    flow, kept = look.flow, {leaf.index: leaf for leaf in _unchanged(look)}
+    flow, kept = look.flow, {leaf.at: leaf for leaf in _unchanged(look)}
     bits = sum(1 << index for index in kept)
     drawn = [draw for draw in flow.draws if draw.shape is not None]
     again = {i for draw in drawn if draw.reads and not draw.reads & ~bits for i in kept if draw.reads >> i & 1}
     same = [kept[i] for i in sorted(again) if _is_key(kept[i])]
     yield from found("key unchanged", map(_words, same), len(same), "keys")
     constant = [draw for draw in drawn if not draw.reads]
-    yield from found("key constant", sorted(f"random bits: u32{list(draw.shape or ())}" for draw in constant), 1, "keys")
+    yield from found("key constant", sorted(f"random bits: {_bits(draw.shape)}" for draw in constant), 1, "keys")
     yield from found("key drawn twice", sorted(set(_twice(look))), 1, "keys")
 
 
@@ -115,21 +117,25 @@ def _twice(look: Look) -> Iterator[str]:
         reads[draw.number] = draw.reads
     for number, shapes in uses.items():
         if len(shapes) > 1:
-            keys = [leaf.path for leaf in look.inputs if reads[number] >> leaf.index & 1 and _is_key(leaf)]
-            drawn = sorted("split" if shape is None else f"u32{list(shape)}" for shape in shapes)
+            keys = [leaf.path for leaf in look.inputs if reads[number] >> leaf.at & 1 and _is_key(leaf)]
+            drawn = sorted(map(_bits, shapes))
             yield f"{', '.join(keys) or 'a key of the step'}: {', '.join(drawn)}"
+
+
+def _bits(shape: tuple[int, ...] | None) -> str:
+    return "split" if shape is None else f"bits[{','.join(map(str, shape))}]"
 
 
 def _no_gradient(look: Look) -> Iterator[Found]:
     """Params that get something added that neither the batch nor another param has a part in, made of zeros."""
     outs = look.flow.outs
-    data = sum(1 << leaf.index for leaf in look.inputs if leaf.names[0] != "carry")
-    params = {old.index for old, new in look.pairs if outs[new.index].base == old.index and _is_float(old)}
+    data = sum(1 << leaf.at for leaf in look.inputs if leaf.names[0] != "carry")
+    params = {old.at for old, new in look.pairs if outs[new.at].base == old.at and _is_float(old)}
     others = sum(1 << index for index in params)
     idle = []
     for old, new in look.pairs:
-        out = outs[new.index]
-        if old.index not in params or not out.nil or out.added & (data | others & ~(1 << old.index)):
+        out = outs[new.at]
+        if old.at not in params or not out.nil or out.added & (data | others & ~(1 << old.at)):
             continue
         if out.added or not _is_in_out(look, old):  # frozen on purpose, by an update of nothing, is no fault
             idle.append(old)
@@ -141,5 +147,5 @@ def _is_float(leaf: Leaf) -> bool:
 
 
 def _is_in_out(look: Look, leaf: Leaf) -> bool:
-    new = {leaf.index for leaf in look.new_leaves}
-    return any(out.reads >> leaf.index & 1 for i, out in enumerate(look.flow.outs) if i not in new)
+    new = {leaf.at for leaf in look.new_leaves}
+    return any(out.reads >> leaf.at & 1 for i, out in enumerate(look.flow.outs) if i not in new)

@@ -66,7 +66,7 @@ def _precision(look: Look, made: list[Product]) -> Iterator[Found]:
     half = sum(leaf.bytes // leaf.aval.dtype.itemsize for leaf in floats if str(leaf.aval.dtype) in _HALF)
     halved = sum(by_dtype[name] for name in _HALF) or 2 * half > sum(_size(leaf) for leaf in floats)
     wide = [each for each in made if each.dtype == "float32"]
-    if halved and 2 * by_dtype["float32"] > by_dtype.total():
+    if halved and by_dtype["float32"] > 0.75 * by_dtype.total():  # a head in f32 is as it should be
         yield from found("f32 work", dict.fromkeys(each.words for each in wide), by_dtype["float32"], "FLOP")
     if by_dtype["float64"] and not any(leaf.aval.dtype == np.float64 for leaf in floats):
         double = [each.words for each in made if each.dtype == "float64"]
@@ -78,4 +78,3 @@ def _precision(look: Look, made: list[Product]) -> Iterator[Found]:
 
 def _size(leaf: Leaf) -> int:
     return leaf.bytes // max(int(leaf.aval.dtype.itemsize), 1)
-

@@ -61,7 +61,7 @@ class StepReport:
         instructions: of the optimized module, by opcode, fused ones too.
         cost: `flops` and `bytes` of one device, as `cost_analysis` of XLA says.
         memory: bytes of one device, as `memory_analysis` says: `argument`, `output`, `alias`, `temp`, `peak`.
-        collectives: for each kind, `count` and `bytes`.
+        collectives: for each kind, `times` and `bytes`.
         products: FLOPs of matmuls and convolutions by dtype, on all devices together.
     """
 
@@ -114,10 +114,10 @@ class StepReport:
         yield f"{self.name}: {count} {some}, on {self.devices} x {self.platform}"
         yield "  seconds      " + ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items())
         yield "  leaves       " + ", ".join(f"{name} {value}" for name, value in self.leaves.items())
-        yield "  work         " + (", ".join(f"{_short(value)} {name}" for name, value in self.cost.items()) or "unknown")
+        yield "  work         " + (", ".join(f"{_short(x)}{name}" for name, x in self.cost.items()) or "unknown")
         yield "  products     " + (", ".join(f"{name} {_short(x)}FLOP" for name, x in self.products.items()) or "none")
         yield "  memory       " + (", ".join(f"{name} {_short(x)}B" for name, x in self.memory.items()) or "unknown")
-        sent = (f"{each['count']} {name} {_short(each['bytes'])}B" for name, each in self.collectives.items())
+        sent = (f"{each['times']} {name} {_short(each['bytes'])}B" for name, each in self.collectives.items())
         yield "  collectives  " + (", ".join(sent) or "none")
         most = Counter(self.instructions).most_common(5)
         counts = ", ".join(f"{count} {name}" for name, count in most)

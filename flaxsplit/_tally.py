@@ -46,7 +46,7 @@ def _turns(eqn: Any) -> int:
     if eqn.primitive.name == "shard_map":
         mesh, automatic = eqn.params["mesh"], eqn.params.get("auto", ())  # jax < 0.7 names the others
         axes = eqn.params.get("manual_axes", set(mesh.axis_names) - set(automatic))
-        return math.prod(mesh.shape[name] for name in axes)
+        return int(math.prod(mesh.shape[name] for name in axes))
     return 1
 
 
@@ -64,6 +64,6 @@ def _flops(eqn: Any) -> int:
     left, right, (out,) = eqn.invars[0].aval, eqn.invars[1].aval, eqn.outvars
     if eqn.primitive.name == "dot_general":
         contracted = eqn.params["dimension_numbers"][0][0]
-        return 2 * math.prod(out.aval.shape) * math.prod(left.shape[i] for i in contracted)
+        return 2 * int(math.prod(out.aval.shape)) * int(math.prod(left.shape[i] for i in contracted))
     features = right.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-    return 2 * math.prod(out.aval.shape) * math.prod(right.shape) // max(features, 1)
+    return 2 * int(math.prod(out.aval.shape)) * int(math.prod(right.shape)) // max(int(features), 1)

@@ -21,6 +21,8 @@ CLASSES = {
     "RetraceError": RuntimeError,
     "UntouchedStateWarning": UserWarning,
     "CompileLog": object,
+    "Finding": object,
+    "StepReport": object,
 }
 TYPES = {
     *("Params", "State", "Variables", "Trainable", "LinenModule"),
@@ -76,7 +78,7 @@ READING_ORDER = [
     *("_types", "_describe", "_paths", "_upstream", "_errors"),
     *(
         f"_refusals.{part}"
-        for part in ("options", "apart", "run", "apply", "lanes", "carry", "improve", "keep", "many", "watch", "nnx")
+        for part in ("options", "apart", "run", "apply", "lanes", "carry", "improve", "keep", "many", "watch", "explain", "nnx")
     ),
     *("_checks", "_axes", "_filters", "_split", "_mutable", "_rngs", "_lanes", "_vmap", "_settle"),
     *(
@@ -91,8 +93,10 @@ READING_ORDER = [
         "_scan",
         "_jit",
         "_traces",
-        "_nnx",
     ),
+    *("_values", "_flow", "_tally", "_compiled", "_tracing", "_look"),
+    *("_find_leaves", "_find_state", "_find_work", "_report", "_explain"),
+    "_nnx",
 ]
 
 
