@@ -51,7 +51,13 @@ def _kept(look: Look) -> Iterator[Found]:
 def statistics_of(look: Look) -> list[Leaf]:
     """Batch statistics of Linen by their collection, of NNX and Equinox by the class of what holds them."""
     held = _held_by(look.carry, ("BatchStat", "State"), ("flax.nnx", "equinox"))
-    return [leaf for leaf in look.part("carry") if "batch_stats" in leaf.names or leaf.path in held]
+    return [leaf for leaf in look.part("carry") if _is_linen(leaf.names) or leaf.path in held]
+
+
+def _is_linen(names: tuple[Any, ...]) -> bool:
+    """By the collection, or where that has another name by the layer's own."""
+    layer = any("BatchNorm" in str(name) for name in names)
+    return "batch_stats" in names or (layer and names[-1] in ("mean", "var"))
 
 
 def _held_by(carry: Any, kinds: tuple[str, ...], modules: tuple[str, ...]) -> set[str]:

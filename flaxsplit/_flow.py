@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
-from ._upstream import scan_sizes
+from ._upstream import bare, scan_sizes
 from ._values import Value, either, is_zero, result_of, under, union
 
 
@@ -28,9 +28,8 @@ def inner_of(params: dict[str, Any]) -> Iterator[Any]:
     """The jaxprs that an equation holds."""
     for value in params.values():
         for each in value if isinstance(value, tuple | list) else (value,):
-            inner = getattr(each, "jaxpr", each)
-            if hasattr(inner, "eqns"):
-                yield inner
+            if hasattr(bare(each), "eqns"):
+                yield bare(each)
 
 
 class Flow:

@@ -14,6 +14,7 @@ from ._describe import kind_of, name_of
 from ._flow import Flow
 from ._paths import entry_name
 from ._refusals.explain import CARRY, STEP, TWO_OF_STEP
+from ._tally import constants
 from ._tracing import Traced, is_equinox, is_input, is_jit, is_shaped, trace_of
 from ._types import Carry
 from ._upstream import bare
@@ -136,7 +137,7 @@ def _look(step: Any, carry: Any, traced: Traced, compiled: Any, seconds: tuple[f
         inputs=_leaves(traced.named, traced.is_leaf, jaxpr.invars, compiled.input_shardings, traced.donated),
         outputs=_leaves(returned, traced.is_leaf, jaxpr.outvars, compiled.output_shardings, none),
         jaxpr=jaxpr,
-        consts=tuple(getattr(traced.closed, "consts", ())),
+        consts=tuple(constants(traced.closed)),
         compiled=compiled,
         seconds=seconds,
     )

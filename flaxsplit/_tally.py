@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ._describe import describe
 from ._flow import inner_of
+from ._upstream import bare
 
 _CALLBACKS = {"pure_callback", "io_callback", "debug_callback", "debug_print"}
 
@@ -30,6 +31,17 @@ def products(jaxpr: Any) -> list[Product]:
 def callbacks(jaxpr: Any) -> list[str]:
     """Lists calls back into Python by name."""
     return [eqn.primitive.name for eqn, _ in equations(jaxpr) if eqn.primitive.name in _CALLBACKS]
+
+
+def constants(jaxpr: Any) -> list[Any]:
+    """Lists the arrays that a jaxpr closes over, and those within it, each once."""
+    held = {id(each): each for each in getattr(jaxpr, "consts", ())}
+    for eqn in bare(jaxpr).eqns:
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    held |= {id(each): each for each in constants(inner)}
+    return [*held.values()]
 
 
 def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
