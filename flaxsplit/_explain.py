@@ -18,7 +18,9 @@ from ._tally import products
 
 
 @checked
-def explain_step(step: Callable[..., Any], carry: Any, batch: Any, *args: Any, **kwargs: Any) -> StepReport:
+def explain_step(
+    step: Callable[..., tuple[Any, Any]], carry: Any, batch: Any, *args: Any, **kwargs: Any
+) -> StepReport:
     """Looks at a training step before it runs, and says what will go wrong or waste, each with its fix.
 
     Law: nothing is run and nothing is donated; `explain_step(step, carry, batch).memory` is what
@@ -58,7 +60,7 @@ def explain_step(step: Callable[..., Any], carry: Any, batch: Any, *args: Any, *
         ", ".join(sorted(platform)) or "device",
         dict(zip(("trace", "compile"), look.seconds, strict=True)),
         _leaves(look),
-        instructions(look.text),
+        dict(instructions(look.text)),
         cost_of(look.compiled),
         memory_of(look.compiled),
         {name: each._asdict() for name, each in collectives(look.text).items()},

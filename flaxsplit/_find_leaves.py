@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ._describe import Abstract, Difference, describe, differences, is_array, is_deleted, same_structure
+from ._describe import Abstract, Difference, describe, differences, is_array, is_deleted, keyed_leaves, same_structure
 from ._look import Leaf, Look
 
 LARGE = 1 << 20
@@ -46,8 +46,17 @@ def _types(look: Look) -> Iterator[Found]:
     weak = [(old, new) for old, new in alike if old.aval.dtype == new.aval.dtype]
     for kind, pairs in (("shape", shape), ("dtype", dtype), ("weak type", weak)):
         yield from found(kind, map(_change, pairs), sum(new.bytes for _, new in pairs))
+    yield from found("static number", _static_numbers(look))
     paired = {leaf.path for leaf, _ in look.pairs}
     yield from found("structure", (str(each) for each in _structure(look) if each.path not in paired))
+
+
+def _static_numbers(look: Look) -> Iterator[str]:
+    """Numbers that Equinox takes for constants, and arrays in their place."""
+    traced, given = {leaf.path for leaf in look.inputs}, keyed_leaves(look.carry, "carry")
+    for leaf in look.new_leaves:
+        if leaf.path in given and leaf.path not in traced:
+            yield f"{leaf.path}: {describe(given[leaf.path])} -> {describe(leaf.aval)}"
 
 
 def _type(leaf: Leaf) -> Any:

@@ -11,6 +11,7 @@ from ._describe import shorten
 from ._refusals.explain import GROUPS, LESS, NONE_FOUND
 
 _WIDTH, _PAGE = 100, 58
+_UNITS = {"bytes": "B"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Finding:
     unit: str
 
     def __str__(self) -> str:
-        at_stake = f" [{_short(self.cost)} {self.unit}]" if self.cost else ""
+        at_stake = f" [{_short(self.cost)}{_UNITS.get(self.unit, self.unit)}]" if self.cost else ""
         lines = [f"{self.group}, {self.kind}: {self.what}{at_stake}"]
         lines += [f"  {line}" for line in shorten(self.leaves, 4)]
         lines += [f"  likely cause: {self.cause}", f"  fix: {self.fix}"]

@@ -14,6 +14,7 @@ from flax.training import train_state
 from jax.sharding import NamedSharding, PartitionSpec
 
 import flaxsplit as fs
+from flaxsplit._refusals.explain import KINDS
 
 eqx: Any = any_eqx
 any_nnx: Any = nnx
@@ -38,6 +39,7 @@ def start_meter(fault: str) -> dict[str, Any]:
         "shape": {"mean": jnp.zeros((1, 4)).sum()},
         "dtype": {"mean": jnp.zeros(4, jnp.bfloat16)},
         "weak type": {"total": jnp.asarray(0.0)},
+        "static number": {"total": 0.0},
         "never read": {"spare": jnp.zeros(3)},
         "host carry": {"mean": np.zeros(4, np.float32)},
         "buffer twice": {"copy": mean},
@@ -373,18 +375,17 @@ _METER = {
     "NNX": "carry[4]",
     "flaxsplit": "carry.state['meter']",
 }
-_FLAXSPLIT_REFUSES = ("structure", "shape", "dtype")
 _OF_METER = {
     "structure": "['seen']",
     "shape": "['mean']",
     "dtype": "['mean']",
     "weak type": "['total']",
+    "static number": "['total']",
     "state dropped": "['mean']",
     "never read": "['spare']",
     "host carry": "['mean']",
     "buffer twice": "['mean']",
 }
-_SAME = dict.fromkeys(STYLES, "")
 WHERE: dict[str, dict[str, str]] = {
     **{kind: {style: path + leaf for style, path in _METER.items()} for kind, leaf in _OF_METER.items()},
     "statistics unchanged": {
@@ -440,11 +441,40 @@ WHERE: dict[str, dict[str, str]] = {
         "flaxsplit": "carry.opt_state[0].mu['w']",
     },
 }
-for _kind in _FLAXSPLIT_REFUSES:
-    del WHERE[_kind]["flaxsplit"]
-REFUSED = dict.fromkeys(_FLAXSPLIT_REFUSES, "flaxsplit")
+REFUSED: dict[str, dict[str, str]] = {
+    **{kind: {"flaxsplit": "StateDriftError"} for kind in ("structure", "shape", "dtype")},
+    "half statistics": {"Equinox": "ValueError"},
+}
+for _kind, _by_style in REFUSED.items():
+    for _style in _by_style:
+        WHERE[_kind].pop(_style, None)
+WHERE["static number"] = {"Equinox": WHERE["static number"]["Equinox"]}
+WHERE["f64"] = {"by hand": "dot_general"}
+
+
+def doubled() -> Call:
+    """A batch of f64 beside params of f32."""
+
+    def step(carry: Any, batch: Any) -> Any:
+        loss, grads = jax.value_and_grad(lambda w: ((batch @ w) ** 2).mean())(carry["w"])
+        return {"w": carry["w"] - 0.1 * grads}, loss
+
+    return jax.jit(step, donate_argnums=0), {"w": jnp.ones((4, 4), jnp.float32)}, X.astype(np.float64), ()
 
 
 def plant(style: str, fault: str) -> Call:
     """The step of a style with one fault; of none with an empty word."""
+    if fault == "f64":
+        return doubled()
     return on_a_mesh(fault, style) if fault in MESH or fault == "mesh" else STYLES[style](fault)
+
+
+def table() -> str:
+    """Every kind by style: whether it is found, or refused before by an error, or cannot be."""
+    rows = ["| kind | what | " + " | ".join(STYLES) + " |", "|---|---|" + "---|" * len(STYLES)]
+    for kind, words in KINDS.items():
+        refused = {style: f"`{error}`" for style, error in REFUSED.get(kind, {}).items()}
+        cells = refused | dict.fromkeys(WHERE[kind], "found")
+        told = " | ".join(cells.get(style, "") for style in STYLES)
+        rows.append(f"| {words.group}: **{kind}** | {words.what} | {told} |")
+    return "\n".join(rows)

@@ -78,22 +78,13 @@ READING_ORDER = [
     *("_types", "_describe", "_paths", "_upstream", "_errors"),
     *(
         f"_refusals.{part}"
-        for part in ("options", "apart", "run", "apply", "lanes", "carry", "improve", "keep", "many", "watch", "explain", "nnx")
+        for part in (
+            *("options", "apart", "run", "apply", "lanes", "carry", "improve", "keep", "many", "watch", "explain"),
+            "nnx",
+        )
     ),
     *("_checks", "_axes", "_filters", "_split", "_mutable", "_rngs", "_lanes", "_vmap", "_settle"),
-    *(
-        "_place",
-        "_drift",
-        "_carry",
-        "_adopt",
-        "_gradient",
-        "_update",
-        "_finite",
-        "_ema",
-        "_scan",
-        "_jit",
-        "_traces",
-    ),
+    *("_place", "_drift", "_carry", "_adopt", "_gradient", "_update", "_finite", "_ema", "_scan", "_jit", "_traces"),
     *("_values", "_flow", "_tally", "_compiled", "_tracing", "_look"),
     *("_find_leaves", "_find_state", "_find_work", "_report", "_explain"),
     "_nnx",

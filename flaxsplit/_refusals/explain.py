@@ -63,6 +63,13 @@ KINDS = {
         "jnp.asarray(value, dtype) for each before the first step",
         "carry = init_carry(params, state, tx)",
     ),
+    "static number": Kind(
+        "compiles",
+        "Python numbers in the carry, constants to filter_jit, come out as arrays: the second call compiles again",
+        "a count or a rate that was begun with a Python number",
+        "jnp.asarray(value, dtype) for each before the first step",
+        "jnp.asarray(value, dtype) for each before the first step",
+    ),
     "placement": Kind(
         "compiles",
         "leaves of the carry come out in another place than they went in: the second call compiles again",
