@@ -49,8 +49,8 @@ def _bytes(shape: str) -> int:
 
 def cost_of(compiled: Any) -> dict[str, float]:
     """XLA's own count for one device; a list of one in older versions, nothing where a backend has none."""
-    cost = compiled.cost_analysis() or {}
-    cost = cost[0] if isinstance(cost, list) and cost else cost
+    said: Any = compiled.cost_analysis() or {}
+    cost: Any = said[0] if isinstance(said, list) else said
     return {"flops": float(cost.get("flops", 0.0)), "bytes": float(cost.get("bytes accessed", 0.0))} if cost else {}
 
 

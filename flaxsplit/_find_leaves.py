@@ -109,8 +109,7 @@ def _donation(look: Look) -> Iterator[Found]:
     carry = [leaf for leaf in look.part("carry") if is_array(leaf.given)]
     kept = [leaf for leaf in carry if not leaf.donated]
     if carry and len(kept) == len(carry):
-        size = sum(leaf.bytes for leaf in kept)
-        yield from found("not donated", [f"carry: {len(kept)} leaves, {size} bytes"], size)
+        yield from found("not donated", [f"carry: {len(kept)} leaves"], sum(leaf.bytes for leaf in kept))
     outs = Counter((leaf.aval.shape, leaf.aval.dtype) for leaf in look.outputs)
     told = {old.path for old, new in look.pairs if _type(old) != _type(new)}
     vain = [leaf for leaf in look.inputs if leaf.donated and is_array(leaf.given) and not _reused(leaf, outs)]

@@ -340,7 +340,7 @@ def on_a_mesh(fault: str, style: str) -> Call:
         step: Any = fs.with_optimizer(loss_fn, TX)
         return fs.jit_step(step, like=None if fault == "placement" else carry), carry, batch, ()
     if style == "TrainState":
-        carry = train_state.TrainState(jax.device_put(jnp.int32(0), whole), lambda: None, weights, TX, moments)  # type: ignore[arg-type]
+        carry = train_state.TrainState(jax.device_put(jnp.int32(0), whole), lambda: None, weights, TX, moments)
     else:
         carry = {"params": weights, "opt_state": moments}
 

@@ -42,6 +42,11 @@ def doubles() -> Any:
     return any_jax.enable_x64(True) if hasattr(jax, "enable_x64") else any_jax.experimental.enable_x64()
 
 
+def html(report: Any) -> str:
+    """What a notebook shows."""
+    return str(report._repr_html_())
+
+
 def kinds(report: fs.StepReport) -> list[str]:
     return [each.kind for each in report.findings]
 
@@ -320,10 +325,10 @@ def test_a_report_is_plain_data_for_a_log_and_a_table_for_a_notebook() -> None:
     told = json.loads(json.dumps(report.to_dict()))
     assert told["findings"][0]["leaves"] == ["carry['meter']['total']: f32[] (weak type) -> f32[]"]
     assert told["memory"] == dict(report.memory)
-    rich = report._repr_html_()
+    rich = html(report)
     assert "weak type" in rich
     assert "carry[&#x27;meter&#x27;]" in rich
-    assert "nothing to mend" in explain("by hand", "")._repr_html_()
+    assert "nothing to mend" in html(explain("by hand", ""))
 
 
 def test_two_steps_are_compared() -> None:
