@@ -12,13 +12,10 @@ from ._errors import SignatureError as SignatureError
 from ._errors import StateDriftError as StateDriftError
 from ._errors import UnsyncedStateError as UnsyncedStateError
 from ._errors import UntouchedStateWarning as UntouchedStateWarning
-from ._explain import explain_step as explain_step
 from ._finite import skip_nonfinite as skip_nonfinite
 from ._gradient import value_and_grad as value_and_grad
 from ._jit import jit_step as jit_step
 from ._mutable import with_mutable as with_mutable
-from ._report import Finding as Finding
-from ._report import StepReport as StepReport
 from ._rngs import rng_state as rng_state
 from ._rngs import with_rngs as with_rngs
 from ._scan import scan_steps as scan_steps
@@ -47,16 +44,26 @@ from ._vmap import vmap_stateful as vmap_stateful
 __version__ = "0.1.0"
 
 if _typing.TYPE_CHECKING:
+    from ._explain import explain_step as explain_step
     from ._nnx import from_nnx as from_nnx
     from ._nnx import to_nnx as to_nnx
+    from ._report import Finding as Finding
+    from ._report import StepReport as StepReport
 else:  # hidden from checkers, which would hold every name for one of ours
 
     def __getattr__(name):
-        """Imports the NNX part when it is asked for: flax.nnx takes longer than everything else here together."""
-        if name not in ("from_nnx", "to_nnx"):
+        """Imports what few programs need when it is asked for: flax.nnx takes longer than all the rest together."""
+        if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(_importlib.import_module("._nnx", __name__), name)
+        return getattr(_importlib.import_module(_LATER[name], __name__), name)
+
+
+_LATER = {
+    **dict.fromkeys(("from_nnx", "to_nnx"), "._nnx"),
+    **dict.fromkeys(("Finding", "StepReport"), "._report"),
+    "explain_step": "._explain",
+}
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "from_nnx", "to_nnx"})
+    return sorted({*globals(), *_LATER})

@@ -102,7 +102,7 @@ class Look:
 
 def look_at(step: Any, carry: Any, batch: Any, args: Any, kwargs: Any) -> Look:
     """Traces and compiles a step for these arguments."""
-    STEP.unless(is_function(step) or hasattr(step, "lower"), step=step)
+    STEP.unless(is_function(step), step=step)
     _check_carry(step, carry)
     begin = time.perf_counter()
     traced = trace_of(step, (carry, batch, *args), kwargs)

@@ -134,6 +134,17 @@ print("flax.nnx" in sys.modules, from_nnx is flaxsplit.from_nnx)
         getattr(fs, "to_jax")  # noqa: B009 (checkers know that there is none)
 
 
+def test_what_reads_jaxprs_is_imported_when_it_is_asked_for() -> None:
+    code = """
+import sys
+import flaxsplit
+print("flaxsplit._explain" in sys.modules, "flaxsplit._report" in sys.modules)
+print(flaxsplit.explain_step.__module__, flaxsplit.StepReport.__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False", "flaxsplit._explain", "flaxsplit._report"]
+
+
 def test_import_needs_only_the_five_libraries() -> None:
     optional = ["orbax", "equinox", "haiku", "rich", "sklearn", "matplotlib", "hypothesis", "pytest", "beartype"]
     code = f"""

@@ -250,6 +250,9 @@ RIGHT: dict[str, set[str]] = {
     "jit_step(like=)": {"None"},
     "jit_step(batch=)": {"None"},
     "adopt_carry(restored), its params": {"an array on another device"},
+    "explain_step(carry)": (_TREES - {"an empty dict", "None as a leaf"})
+    | {"a number", "NaN", "a list", "an array", "a deleted buffer", "a leaked tracer"},  # nothing runs
+    "explain_step(batch)": set(KINDS),  # of which this step reads nothing
     "assert_max_traces(fn)": {"a class", "a function"},
     "from_nnx(method=)": {"None", "a function"},
     "to_nnx(state)": {"an empty dict"},
