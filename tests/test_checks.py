@@ -57,7 +57,7 @@ RIGHT = {
     "stack_batches": "list(fs.stack_batches(iter([jnp.ones(2)]), 2))",
     "jit_step": "fs.jit_step(step, donate=False)",
     "adopt_carry": "fs.adopt_carry({'w': 1.0}, {'w': jnp.ones(())})",
-    "explain_step": "fs.explain_step(jax.jit(step), {'w': jnp.ones(2)}, 3, jnp.ones(2), rate=0.1)",
+    "explain_step": "fs.explain_step(jax.jit(step), {'w': jnp.ones(2)}, 3)",
     "assert_max_traces": "fs.assert_max_traces(nn.Dense(1), 2)",
     "from_nnx": "fs.from_nnx(linear, method=nnx.Linear.__call__, trainable='kernel')",
     "to_nnx": "fs.to_nnx(linear, *fs.from_nnx(linear)[1:])",

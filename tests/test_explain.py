@@ -4,6 +4,8 @@ import contextlib
 import itertools
 import json
 import math
+import pathlib
+import runpy
 from typing import Any
 
 import jax
@@ -15,8 +17,8 @@ import flaxsplit as fs
 from flaxsplit._refusals.explain import GROUPS, KINDS
 from tools import kinds as page
 
-from . import planted
-from .flags import needs_donation
+from . import nnx_models, planted
+from .flags import needs_donation, needs_x32
 from .test_hlo import CASES, instructions, prepare
 
 SILENT = (
@@ -107,6 +109,42 @@ def test_the_steps_of_the_other_tests_are_good(case: str) -> None:
     stacked = (args[0], jax.tree.map(lambda leaf: leaf[None], args[1]))
     for step, given in ((by_hand, args), (ours, args), (wrapped, args), (fs.scan_steps(ours), stacked)):
         assert kinds(fs.explain_step(step, *given)) == []
+
+
+class Watched:
+    """A compiled step that is explained at its first call."""
+
+    def __init__(self, jitted: Any, reports: list[fs.StepReport]) -> None:
+        self.jitted, self.reports, self.known = jitted, reports, False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Explains, and calls."""
+        if not self.known:
+            self.known = True
+            self.reports.append(fs.explain_step(self.jitted, *args, **kwargs))
+        return self.jitted(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.jitted, name)
+
+
+ROOT = pathlib.Path(__file__).parent.parent
+PROGRAMS = [ROOT / "examples" / "digits.py", *sorted((ROOT / "examples" / "recipes").glob("*.py"))]
+
+
+@pytest.mark.slow
+@needs_x32
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_no_step_of_a_recipe_or_of_the_demo_has_a_finding(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path.stem == "nnx_module" and not nnx_models.NEW:
+        pytest.skip("before flax 0.11 nnx.Optimizer.update took the gradients alone")
+    reports: list[fs.StepReport] = []
+    jit_step: Any = fs.jit_step
+    monkeypatch.setattr(fs, "jit_step", lambda *args, **kwargs: Watched(jit_step(*args, **kwargs), reports))
+    monkeypatch.setattr("sys.argv", [str(path)])
+    runpy.run_path(str(path), run_name="__main__")
+    assert reports or "fs.jit_step" not in path.read_text()
+    assert [(each.kind, each.leaves) for report in reports for each in report.findings] == []
 
 
 # ---- what is no fault
