@@ -28,8 +28,8 @@ def explain_step(
 
     >>> import jax, jax.numpy as jnp, flaxsplit as fs
     >>> def step(carry, batch):
-    ...     return {"mean": 0.9 * carry["mean"] + 0.1 * batch.mean(0, keepdims=True)}, batch.sum()
-    >>> report = fs.explain_step(step, {"mean": jnp.zeros(5)}, jnp.ones((8, 5)))
+    ...     return {"mean": batch.mean(0, keepdims=True)}, batch.sum()
+    >>> report = fs.explain_step(step, {"mean": jnp.zeros(5, "float32")}, jnp.ones((8, 5), "float32"))
     >>> report.findings[0].kind, report.findings[0].leaves
     ('shape', ("carry['mean']: f32[5] -> f32[1,5]",))
 
