@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ._describe import describe
 from ._find_leaves import Found, found
 from ._look import Leaf, Look
+from ._values import union
 
 _TRAINED = ("scale", "bias", "weight", "kernel")
 _OWN = ("extra", "ema")  # what no model reads
@@ -29,21 +30,23 @@ def _unchanged(look: Look) -> list[Leaf]:
     return [old for old, new in look.pairs if look.flow.outs[new.at].same == old.at]
 
 
-def _read_elsewhere(look: Look, leaf: Leaf) -> bool:
-    """Whether an output depends on it, other than by being it."""
-    return any(out.reads >> leaf.at & 1 and out.same != leaf.at for out in look.flow.outs)
+def _is_itself(look: Look, out: int) -> bool:
+    """Whether an output is an input, and no more."""
+    return look.flow.outs[out].same is not None
 
 
 def _kept(look: Look) -> Iterator[Found]:
     """Leaves that come back as they came: which of them should not have. A step that trains nothing evaluates."""
     if all(look.flow.outs[new.at].same == old.at for old, new in look.pairs if _is_float(old)):
         return
-    kept = [leaf for leaf in _unchanged(look) if not _is_key(leaf) and not set(leaf.names) & set(_OWN)]
-    touched = [leaf for leaf in kept if look.flow.touched >> leaf.at & 1]
-    never = [leaf for leaf in kept if leaf not in touched and _is_float(leaf)]  # a counter may wait for another mode
-    dropped = [leaf for leaf in touched if not _read_elsewhere(look, leaf)]
-    still = [leaf for leaf in statistics_of(look) if leaf in touched and leaf not in dropped]
-    still = [leaf for leaf in still if _is_trained_around(look, leaf, kept)]
+    flow, own = look.flow, set(_OWN)
+    kept = [leaf for leaf in _unchanged(look) if not _is_key(leaf) and not set(leaf.names) & own]
+    touched = [leaf for leaf in kept if flow.touched >> leaf.at & 1]
+    never = [leaf for leaf in kept if not flow.touched >> leaf.at & 1 and _is_float(leaf)]  # a counter may wait
+    live = union(out.reads for i, out in enumerate(flow.outs) if not _is_itself(look, i))
+    dropped = [leaf for leaf in touched if flow.remade >> leaf.at & ~(live >> leaf.at) & 1]
+    read, same = {leaf.at for leaf in touched if live >> leaf.at & 1}, {leaf.at for leaf in kept}
+    still = [leaf for leaf in statistics_of(look) if leaf.at in read and _is_trained_around(look, leaf, same)]
     for kind, leaves in (("state dropped", dropped), ("statistics unchanged", still), ("never read", never)):
         yield from found(kind, map(_words, leaves), sum(leaf.bytes for leaf in leaves))
 
@@ -80,12 +83,12 @@ def _is_nnx_state(kind: type) -> bool:
     return kind.__name__ == "State" and kind.__module__.startswith("flax")
 
 
-def _is_trained_around(look: Look, statistic: Leaf, kept: list[Leaf]) -> bool:
+def _is_trained_around(look: Look, statistic: Leaf, kept: set[int]) -> bool:
     """Whether the params of the same layer change; a frozen layer keeps its statistics too."""
     names = _bare(statistic)
     module = names[names.index("batch_stats") + 1 : -1] if "batch_stats" in names else names[-2:-1]
     beside = [leaf for leaf in look.part("carry") if _bare(leaf)[-1] in _TRAINED and _ends(_bare(leaf)[:-1], module)]
-    return not any(leaf in kept for leaf in beside)
+    return not any(leaf.at in kept for leaf in beside)
 
 
 def _bare(leaf: Leaf) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 from ._upstream import bare, scan_sizes
-from ._values import Value, either, is_zero, result_of, under, union
+from ._values import KEPT, Value, alike_avals, either, is_zero, result_of, under, union
 
 
 class Draw(NamedTuple):
@@ -38,11 +38,12 @@ class Flow:
     Attributes:
         outs: what is known of each output.
         touched: the inputs that any operation reads, also one whose result goes nowhere.
+        remade: those of which one made another value of the same type.
         draws: what was drawn from keys.
     """
 
     def __init__(self, jaxpr: Any) -> None:
-        self.touched, self.draws = 0, set[Draw]()
+        self.touched, self.remade, self.draws = 0, 0, set[Draw]()
         self._fresh, self._quiet = itertools.count(), 0
         inputs = [Value(1 << i, 1 << i, same=i, number=("in", i)) for i in range(len(jaxpr.invars))]
         self.outs = self._through(jaxpr, inputs)
@@ -68,7 +69,6 @@ class Flow:
             return self._cond(bodies, ins)
         if len(bodies) == 1 and _calls(bodies[0], eqn):
             return self._called(bodies[0], ins, name in _REMAT)
-        self.touched |= union(value.reads for value in ins)
         self._note(name, eqn, ins)
         return [result_of(name, eqn, ins, var, self._number(name, eqn, ins)) for var in eqn.outvars]
 
@@ -116,6 +116,14 @@ class Flow:
         return value if value.same is not None else value._replace(number=("turn", next(self._fresh)))
 
     def _note(self, name: str, eqn: Any, ins: list[Value]) -> None:
+        self.touched |= union(value.reads for value in ins)
+        for atom, value in zip(eqn.invars, ins, strict=True):
+            if (
+                value.same is not None
+                and name not in KEPT
+                and any(alike_avals(atom.aval, out.aval) for out in eqn.outvars)
+            ):
+                self.remade |= 1 << value.same
         if name in ("random_bits", "random_split") and not self._quiet and ins[0].number is not None:
             shape = tuple(eqn.outvars[0].aval.shape) if name == "random_bits" else None
             self.draws.add(Draw(ins[0].reads, ins[0].number, shape))

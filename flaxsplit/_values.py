@@ -34,16 +34,16 @@ class Value(NamedTuple):
     number: Any = None
 
 
-_KEPT = {"convert_element_type", "copy", "copy_p", "reshape", "sharding_constraint", "reshard", "optimization_barrier"}
+KEPT = {"convert_element_type", "copy", "copy_p", "reshape", "sharding_constraint", "reshard", "optimization_barrier"}
 _ALL_ZERO = {
     *("add", "sub", "add_any", "max", "min", "neg", "abs", "sign", "sqrt", "square", "real", "reduce_sum", "transpose"),
-    *("broadcast_in_dim", "squeeze", "slice", "rev", "concatenate", "pad", "cumsum", "psum", "expand_dims", *_KEPT),
+    *("broadcast_in_dim", "squeeze", "slice", "rev", "concatenate", "pad", "cumsum", "psum", "expand_dims", *KEPT),
 }
 
 
 def result_of(name: str, eqn: Any, ins: list[Value], var: Any, number: Any) -> Value:
     """What is known of what one operation makes of its operands."""
-    if name in _KEPT and len(ins) == 1 and _alike(eqn.invars[0].aval, var.aval):
+    if name in KEPT and len(ins) == 1 and alike_avals(eqn.invars[0].aval, var.aval):
         return ins[0]
     if name == "select_n" and ins[1].same is not None and len({each.same for each in ins[1:]}) == 1:
         return ins[1]  # the old one or the old one
@@ -114,7 +114,8 @@ def union(bits: Iterable[int]) -> int:
     return reduce(or_, bits, 0)
 
 
-def _alike(before: Any, after: Any) -> bool:
+def alike_avals(before: Any, after: Any) -> bool:
+    """Whether two types are one but for weakness and place."""
     return bool(before.shape == after.shape and before.dtype == after.dtype)
 
 

@@ -189,6 +189,16 @@ def test_what_is_frozen_on_purpose_is_no_fault() -> None:
     assert kinds(fs.explain_step(step, (params, tx.init(params)), X)) == []
 
 
+def test_a_frozen_head_whose_output_is_not_used_is_no_dropped_state() -> None:
+    def step(carry: Any, batch: Any) -> Any:
+        new, loss = simple({"w": carry["w"]}, batch)
+        hidden = batch @ carry["w"]
+        _ = hidden @ carry["head"] + carry["bias"]
+        return new | {"head": carry["head"], "bias": carry["bias"]}, loss
+
+    assert kinds(fs.explain_step(step, W | {"head": jnp.ones((4, 3)), "bias": jnp.ones(3)}, X)) == []
+
+
 def drawing(draw: Any) -> Any:
     def step(carry: Any, batch: Any) -> Any:
         noise, key = draw(carry["key"], carry["step"])
