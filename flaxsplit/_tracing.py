@@ -10,6 +10,8 @@ from jax.extend.core import jaxpr_as_fun
 from ._describe import is_array, is_numeric
 from ._upstream import bare
 
+_JITTED: Any = type(jax.jit(abs))  # has no public name
+
 
 class Traced(NamedTuple):
     """What tracing gave.
@@ -39,8 +41,8 @@ def trace_of(step: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:
 
 
 def is_jit(step: Any) -> bool:
-    """Tells what `jax.jit` returns."""
-    return hasattr(step, "trace") and hasattr(step, "lower")
+    """Tells what `jax.jit` returns; `nnx.jit` and Equinox have a `lower` too, of another form."""
+    return isinstance(step, _JITTED)
 
 
 def is_input(leaf: Any) -> bool:
