@@ -108,7 +108,7 @@ def _place(place: Any) -> str:
 def _donation(look: Look) -> Iterator[Found]:
     carry = [leaf for leaf in look.part("carry") if is_array(leaf.given)]
     kept = [leaf for leaf in carry if not leaf.donated]
-    if carry and len(kept) == len(carry):
+    if carry and len(kept) == len(carry) and look.trains:
         yield from found("not donated", [f"carry: {len(kept)} leaves"], sum(leaf.bytes for leaf in kept))
     outs = Counter((leaf.aval.shape, leaf.aval.dtype) for leaf in look.outputs)
     told = {old.path for old, new in look.pairs if _type(old) != _type(new)}

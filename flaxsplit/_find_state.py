@@ -36,8 +36,8 @@ def _is_itself(look: Look, out: int) -> bool:
 
 
 def _kept(look: Look) -> Iterator[Found]:
-    """Leaves that come back as they came: which of them should not have. A step that trains nothing evaluates."""
-    if all(look.flow.outs[new.at].same == old.at for old, new in look.pairs if _is_float(old)):
+    """Leaves that come back as they came: which of them should not have."""
+    if not look.trains:
         return
     flow, own = look.flow, set(_OWN)
     kept = [leaf for leaf in _unchanged(look) if not _is_key(leaf) and not set(leaf.names) & own]

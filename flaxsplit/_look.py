@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ._checks import is_function, two_of
 from ._describe import kind_of, name_of
@@ -88,6 +89,13 @@ class Look:
     def flow(self) -> Flow:
         """What each output does with the inputs."""
         return Flow(self.jaxpr)
+
+    @cached_property
+    def trains(self) -> bool:
+        """Whether anything floating changes; a step in which nothing does evaluates."""
+        outs = self.flow.outs
+        changed = (old for old, new in self.pairs if outs[new.at].same != old.at)
+        return any(jnp.issubdtype(old.aval.dtype, jnp.inexact) for old in changed)
 
     @cached_property
     def text(self) -> str:

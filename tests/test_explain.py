@@ -240,7 +240,8 @@ def test_an_evaluation_trains_nothing_and_keeps_its_statistics() -> None:
     def evaluate(carry: Any, batch: Any) -> Any:
         return carry, (batch @ carry["w"]).mean()
 
-    assert kinds(fs.explain_step(evaluate, W | {"batch_stats": {"mean": jnp.ones(4)}}, X)) == []
+    for step in (evaluate, jax.jit(evaluate)):  # which donates nothing, and should not
+        assert kinds(fs.explain_step(step, W | {"batch_stats": {"mean": jnp.ones(4)}}, X)) == []
 
 
 def test_a_head_in_f32_is_as_it_should_be() -> None:
