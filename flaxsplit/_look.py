@@ -155,14 +155,15 @@ def _leaves(
     named: dict[str, Any], is_leaf: Any, atoms: Sequence[Any], shardings: Any, donated: Sequence[bool]
 ) -> tuple[Leaf, ...]:
     places = jax.tree.leaves(shardings, is_leaf=lambda node: node is None)
-    places = places if len(places) == len(atoms) else [None] * len(atoms)
     rows = [
         (name + jax.tree_util.keystr(key), (name, *map(entry_name, key)), leaf)
         for name, tree in named.items()
         for key, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
         if is_leaf(leaf)
     ]
+    places = places if len(places) == len(rows) else [None] * len(rows)
+    first = len(atoms) - len(rows)  # some versions of JAX have what is closed over as arguments before the others
     return tuple(
         Leaf(*row, atom.aval, place, gone, i)
-        for i, (row, atom, place, gone) in enumerate(zip(rows, atoms, places, donated, strict=True))
+        for i, (row, atom, place, gone) in enumerate(zip(rows, atoms[first:], places, donated, strict=True), first)
     )
