@@ -45,16 +45,26 @@ from ._vmap import vmap_stateful as vmap_stateful
 __version__ = "0.1.0"
 
 if _typing.TYPE_CHECKING:
+    from ._explain import explain_step as explain_step
     from ._nnx import from_nnx as from_nnx
     from ._nnx import to_nnx as to_nnx
+    from ._report import Finding as Finding
+    from ._report import StepReport as StepReport
 else:  # hidden from checkers, which would hold every name for one of ours
 
     def __getattr__(name):
-        """Imports the NNX part when it is asked for: flax.nnx takes longer than everything else here together."""
-        if name not in ("from_nnx", "to_nnx"):
+        """Imports what few programs need when it is asked for: flax.nnx takes longer than all the rest together."""
+        if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(_importlib.import_module("._nnx", __name__), name)
+        return getattr(_importlib.import_module(_LATER[name], __name__), name)
+
+
+_LATER = {
+    **dict.fromkeys(("from_nnx", "to_nnx"), "._nnx"),
+    **dict.fromkeys(("Finding", "StepReport"), "._report"),
+    "explain_step": "._explain",
+}
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "from_nnx", "to_nnx"})
+    return sorted({*globals(), *_LATER})

@@ -119,3 +119,22 @@ def reopened(fn: Any) -> Callable[..., Any]:
         return core.apply(inner["fn"], mutable=mutable, flags=inner.get("flags"))(variables, *args, **kwargs)
 
     return apply
+
+
+# What the jaxprs of JAX say of their own equations differs by version. Documented params would replace these two.
+
+
+def scan_sizes(params: dict[str, Any]) -> tuple[int, int] | None:
+    """How many of the operands of a scan are constants, and how many the carry; None where JAX says it anew."""
+    if "num_carry" in params:  # jax < 0.11
+        return params["num_consts"], params["num_carry"]
+    try:
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    except (KeyError, AttributeError, TypeError, ValueError):
+        return None
+
+
+def bare(jaxpr: Any) -> Any:
+    """A jaxpr without its constants; JAX has one class for both since 0.11."""
+    return getattr(jaxpr, "jaxpr", jaxpr)

@@ -40,6 +40,7 @@ needs_defaults = pytest.mark.skipif(
 
 DOCTESTS = {
     "flaxsplit._carry.adopt_carry": needs_x32,
+    "flaxsplit._explain.explain_step": needs_jit,
     "flaxsplit._nnx.from_nnx": needs_x32,
     "flaxsplit._nnx.to_nnx": needs_x32,
     "flaxsplit._step.jit_step": needs_x32,

@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PLACES = ("*.md", "docs/*.md", "docs/combinators/*.md", "stubs/*.md", "benchmarks/results/*/report.md")
 PAGES = [page for place in PLACES for page in sorted(ROOT.glob(place))]
 MARKS = {
+    "explain_step": needs_promotion,
     "jit_step": needs_donation,  # shows a carry that is gone
     "recompilation": needs_promotion,
     "settle_state": needs_promotion,

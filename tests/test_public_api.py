@@ -22,6 +22,8 @@ CLASSES = {
     "UntouchedStateWarning": UserWarning,
     "DroppedStateWarning": UserWarning,
     "CompileLog": object,
+    "Finding": object,
+    "StepReport": object,
 }
 TYPES = {
     *("Params", "State", "Variables", "Trainable", "LinenModule"),
@@ -77,9 +79,10 @@ _LINES = (
     "_types _describe _paths _upstream _caller _context _errors",
     "_refusals.options _refusals.apart _refusals.run _refusals.upstream _refusals.apply _refusals.linear",
     "_refusals.lanes _refusals.carry _refusals.adopt _refusals.improve _refusals.update _refusals.keep",
-    "_refusals.many _refusals.watch _refusals.nnx",
+    "_refusals.many _refusals.watch _refusals.explain _refusals.nnx",
     "_checks _axes _filters _split _jaxprs _linear _lost _untouched _mutable _rngs _lanes _vmap _settle",
-    "_place _drift _carry _adopt _microbatches _gradient _update _finite _ema _scan _jit _traces _nnx",
+    "_place _drift _carry _adopt _microbatches _gradient _update _finite _ema _scan _jit _traces",
+    "_values _flow _tally _compiled _tracing _look _find_leaves _find_state _find_work _report _explain _nnx",
 )
 READING_ORDER = [name for line in _LINES for name in line.split()]
 
@@ -125,6 +128,17 @@ print("flax.nnx" in sys.modules, from_nnx is flaxsplit.from_nnx)
     assert done.stdout.split() == ["False", "True", "True"]
     with pytest.raises(AttributeError, match="module 'flaxsplit' has no attribute 'to_jax'"):
         getattr(fs, "to_jax")  # noqa: B009 (checkers know that there is none)
+
+
+def test_what_reads_jaxprs_is_imported_when_it_is_asked_for() -> None:
+    code = """
+import sys
+import flaxsplit
+print("flaxsplit._explain" in sys.modules, "flaxsplit._report" in sys.modules)
+print(flaxsplit.explain_step.__module__, flaxsplit.StepReport.__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False", "flaxsplit._explain", "flaxsplit._report"]
 
 
 def test_import_needs_only_the_five_libraries() -> None:

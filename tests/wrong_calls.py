@@ -124,6 +124,7 @@ def step_of(**options: Any) -> Any:
 APPLY = fs.with_mutable(Model())
 SAME: Any = lambda params, state, x: (x, state)  # noqa: E731 (a stateful function without a model)
 NO_PARAMS: Any = lambda params, state, batch: (jnp.float32(1), state)  # noqa: E731 (a loss of any params)
+KEEPS: Any = lambda carry, batch: (carry, None)  # noqa: E731 (a step over any carry)
 GRAD_FN = fs.value_and_grad(NO_PARAMS)
 EMA: Any = lambda f: f.carry._replace(state={"ema": f.w})  # noqa: E731
 BATCH = jnp.zeros(3)
@@ -202,6 +203,10 @@ CALLS: dict[str, Callable[[Any, Fixed], Any]] = {
     "adopt_carry(restored)": lambda wrong, f: fs.adopt_carry(wrong, f.carry),
     "adopt_carry(restored), its params": lambda wrong, f: fs.adopt_carry(f.carry._replace(params=wrong), f.carry),
     "adopt_carry(like)": lambda wrong, f: fs.adopt_carry(f.carry, wrong),
+    "explain_step(step)": lambda wrong, f: fs.explain_step(wrong, f.carry, BATCH),
+    "explain_step(carry)": lambda wrong, f: fs.explain_step(KEEPS, wrong, BATCH),
+    "explain_step(batch)": lambda wrong, f: fs.explain_step(KEEPS, f.w, wrong),
+    "what step returns to explain_step": lambda wrong, f: fs.explain_step(lambda c, b: wrong, f.w, BATCH),
     "assert_max_traces(fn)": lambda wrong, f: fs.assert_max_traces(wrong),
     "assert_max_traces(max_traces)": lambda wrong, f: fs.assert_max_traces(squares, wrong),
     "from_nnx(module)": lambda wrong, f: fs.from_nnx(wrong),
@@ -245,6 +250,9 @@ RIGHT: dict[str, set[str]] = {
     "jit_step(like=)": {"None"},
     "jit_step(batch=)": {"None"},
     "adopt_carry(restored), its params": {"an array on another device"},
+    "explain_step(carry)": (_TREES - {"an empty dict", "None as a leaf"})
+    | {"a number", "NaN", "a list", "an array", "a deleted buffer", "a leaked tracer"},  # nothing runs
+    "explain_step(batch)": set(KINDS),  # of which this step reads nothing
     "assert_max_traces(fn)": {"a class", "a function"},
     "from_nnx(method=)": {"None", "a function"},
     "to_nnx(state)": {"an empty dict"},

@@ -197,6 +197,13 @@ FLOWS = {
         ["[to_nnx]"],
         ["module#2 / the same object, trained"],
     ]),
+    "explain_step": Flow([
+        ["step / anybody's", "carry", "batch"],
+        ["[jax.jit(step).trace] / once", "[compile] / once"],
+        ["jaxpr / what is read, kept, drawn", "executable / memory, FLOPs"],
+        ["[explain_step] / nothing is run"],
+        ["StepReport / findings: leaf, cause, fix"],
+    ]),
     "assert_max_traces": Flow(
         [
             ["batch / f32[64,5]", "batch#1 / f32[64,5]", "batch#2 / f32[63,5]"],

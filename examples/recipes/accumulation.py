@@ -79,7 +79,7 @@ def main() -> None:
 
     every_second = optax.MultiSteps(optax.adam(3e-2), every_k_schedule=2).gradient_transformation()
     current = TrainState.create(apply_fn=model.apply, params=params, tx=every_second, state=state)
-    across = fs.jit_step(train_step, donate=False)
+    across = fs.jit_step(train_step)
     losses.clear()
     for _ in range(100):
         current, loss = across(current, batch)

@@ -85,8 +85,9 @@ def iteration(carry: fs.Carry, key: Array) -> tuple[fs.Carry, dict[str, Array]]:
         (logits, _), _ = policy(carry.params, carry.state, observation)
         return logits
 
-    start = Environment(jax.random.normal(key, (ENVIRONMENTS,)), jnp.zeros(ENVIRONMENTS))
-    _, trajectory = rollout(act, start, jax.random.split(key, HORIZON))
+    begin, moves = jax.random.split(key)
+    start = Environment(jax.random.normal(begin, (ENVIRONMENTS,)), jnp.zeros(ENVIRONMENTS))
+    _, trajectory = rollout(act, start, jax.random.split(moves, HORIZON))
     carry, (loss, metrics) = update(carry, trajectory)
     return carry, metrics | {"loss": loss}
 

@@ -123,6 +123,11 @@ for batches in fs.stack_batches([(x, x)], 10):
     assert_type(batches, tuple[Array, Array])
 assert_type(fs.adopt_carry(object(), carry), fs.Carry)
 assert_type(fs.settle_state(apply, params, state, x), dict[str, Any])
+report = fs.explain_step(jitted, carry, (x, x))
+assert_type(report, fs.StepReport)
+assert_type(report.findings, tuple[fs.Finding, ...])
+assert_type(report.compare(report), str)
+fs.explain_step(lambda carry, batch: (carry, batch), {"w": x}, jax.ShapeDtypeStruct((2,), x.dtype), x, rate=0.1)
 with fs.compile_log() as log:
     assert_type(log, fs.CompileLog)
     assert_type(log.traces["loss_fn"], int)

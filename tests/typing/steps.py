@@ -170,6 +170,8 @@ def carries() -> None:
     fs.adopt_carry({}, carry).parameters  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
     fs.stack_batches(10, [x])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     fs.rng_state(dropout=0)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fs.explain_step(3, carry, x)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    fs.explain_step(of_pair)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     fs.assert_max_traces(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
