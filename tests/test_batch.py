@@ -118,7 +118,7 @@ def test_places_of_another_batch() -> None:
     assert caught.value.leaves == ("batch['x']: f32[64,32]",)
     with pytest.raises(fs.SignatureError) as caught:
         step(carry, batch={"y": HOST})
-    assert caught.value.leaves == ("batch: no second argument, or one that was passed by name",)
+    assert caught.value.leaves == ("positional arguments: 1", "by name: ['batch']")
     wrong: list[Any] = [P("data"), mesh, "data"]
     for each in wrong:
         with pytest.raises(fs.SignatureError) as caught:
