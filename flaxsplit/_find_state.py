@@ -67,7 +67,7 @@ def _held_by(carry: Any, kinds: tuple[str, ...], modules: tuple[str, ...]) -> se
     """The paths under nodes of some class, told by name: neither library is imported for it."""
 
     def is_holder(node: Any) -> bool:
-        kind = type(node)
+        kind: type = node.type if type(node).__name__ == "VariableState" else type(node)  # flax < 0.11
         return kind.__name__ in kinds and kind.__module__.startswith(modules) and not _is_nnx_state(kind)
 
     nodes = jax.tree_util.tree_flatten_with_path(carry, is_leaf=is_holder)[0]

@@ -107,7 +107,7 @@ def _of_any(step: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:
     if donated is not None and donated != own:  # JAX hears of it from the outermost alone
         lower = jax.jit(jaxpr_as_fun(closed), donate_argnums=donated).trace(*given).lower
     flags = tuple(i in (own if donated is None else donated) for i in range(len(given)))
-    returned = result(traced.out_info)
+    returned = result([jax.ShapeDtypeStruct(each.shape, each.dtype) for each in traced.out_info])  # jax < 0.7: OutInfo
     return Traced(closed, lower, flags, _named(args, kwargs), returned, donated is not None, is_leaf)
 
 

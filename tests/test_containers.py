@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import serialization
+from flax import serialization, struct
 
 import flaxsplit as fs
 
@@ -18,7 +17,7 @@ from .models import structure
 TX = optax.adam(0.1)
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Affine:
     """A dataclass of arrays."""
 

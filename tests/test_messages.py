@@ -1664,7 +1664,8 @@ def test_aux_in_the_place_of_a_state() -> None:
 
 
 def test_a_step_that_returns_three_things() -> None:
-    error = fails(fs.SignatureError, fs.scan_steps(lambda carry, batch: (carry, batch, batch)), X, Y[None])  # type: ignore[type-var]
+    three: Any = lambda carry, batch: (carry, batch, batch)  # noqa: E731
+    error = fails(fs.SignatureError, fs.scan_steps(three), X, Y[None])
     assert str(error) == whole("""
     scan_steps(step): must return two things: step(carry, batch) -> (carry, out)
       got:

@@ -542,7 +542,8 @@ def test_an_average_follows_the_updates_of_multi_steps() -> None:
 
     step = fs.jit_step(fs.with_ema(fs.with_optimizer(loss_fn, tx), decay=0.9, every=3), donate=False)
     carry = fs.init_carry({"w": jnp.zeros(2)}, {"ema": {"w": jnp.zeros(2)}}, tx)
-    params, average, opt_state = jnp.zeros(2), jnp.zeros(2), TX.init(jnp.zeros(2))
+    params: Any = jnp.zeros(2)
+    average, opt_state = jnp.zeros(2), TX.init(params)
     for update in range(4):
         grads = jnp.zeros(2)
         for call in range(3):
