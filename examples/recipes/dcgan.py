@@ -89,7 +89,7 @@ def distance(images: Array, others: Array) -> float:
 def main() -> None:
     key = jax.random.key(0)
     real, z = squares(key, BATCH), jax.random.normal(key, (256, LATENT))
-    variables = jax.jit(generator.init)(key, z), jax.jit(discriminator.init)(key, real)
+    variables: Any = jax.jit(generator.init)(key, z), jax.jit(discriminator.init)(key, real)
     players = Players(*(fs.init_carry(*fs.split_params(each), tx) for each in variables))
 
     def shown(carry: fs.Carry) -> Array:

@@ -86,8 +86,8 @@ def sines(key: Array) -> Task:
 
 
 def main() -> None:
-    params, state = fs.split_params(jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 1))))
-    tasks = jax.jit(jax.vmap(sines))(jax.random.split(jax.random.key(1), STEPS))
+    params, state = fs.split_params(model.init(jax.random.key(0), jnp.ones((1, 1))))
+    tasks = jax.vmap(sines)(jax.random.split(jax.random.key(1), STEPS))
     new = sines(jax.random.key(2))  # tasks that no training has seen
     error_after_one_step = jax.jit(mean_over_tasks(task_loss))
     found = {}

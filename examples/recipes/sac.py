@@ -109,7 +109,6 @@ def mean_reward(params: Any, key: Array) -> Array:
     return jax.lax.scan(one, start, jax.random.split(key, HORIZON))[1].mean()
 
 
-@jax.jit
 def replay(key: Array) -> Transitions:
     """A batch for each step: random actions at random places."""
     seen = jax.random.uniform(key, (STEPS * BATCH, 2), minval=-1.5, maxval=1.5)
@@ -121,8 +120,8 @@ def replay(key: Array) -> Transitions:
 
 def main() -> None:
     key, seen, action = jax.random.key(0), jnp.ones((1, 2)), jnp.ones((1, 1))
-    judge, _ = fs.split_params(jax.jit(critic.init)(key, seen, action))
-    player, _ = fs.split_params(jax.jit(actor.init)(key, seen))
+    judge, _ = fs.split_params(critic.init(key, seen, action))
+    player, _ = fs.split_params(actor.init(key, seen))
     learners = Learners(
         fs.init_carry(judge, {"ema": judge}, tx),  # the target begins as the critic
         fs.init_carry(player, {}, tx),
