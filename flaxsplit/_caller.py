@@ -2,28 +2,32 @@
 
 import pathlib
 import sys
+import warnings
 from typing import Any, NamedTuple
 
 _BETWEEN = {"flaxsplit", "jax", "flax", "optax", "jaxtyping", "typeguard", "beartype", "functools", "contextlib"}
 
 
 class Line(NamedTuple):
-    """A line of code, as `warnings.warn_explicit` takes it.
+    """A line of code.
 
     Attributes:
         filename: the path of its file.
         lineno: its number.
-        module: the name of its module, which filters of warnings match.
-        registry: which warnings this module has shown, so that each is shown once.
+        scope: the globals of its module.
     """
 
     filename: str
     lineno: int
-    module: str
-    registry: dict[Any, Any]
+    scope: dict[str, Any]
 
     def __str__(self) -> str:
         return f"{pathlib.PurePath(self.filename).name}:{self.lineno}"
+
+    def warn(self, warning: Warning) -> None:
+        """As `warnings.warn`, of this line: filters match its module, which keeps what it has shown."""
+        registry = self.scope.setdefault("__warningregistry__", {})
+        warnings.warn_explicit(warning, type(warning), *self[:2], self.scope.get("__name__", ""), registry)
 
 
 def caller() -> Line:
@@ -31,6 +35,4 @@ def caller() -> Line:
     frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         frame = frame.f_back
-    scope = frame.f_globals
-    registry = scope.setdefault("__warningregistry__", {})
-    return Line(frame.f_code.co_filename, frame.f_lineno, scope.get("__name__", ""), registry)
+    return Line(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import string
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any, NoReturn, Self
@@ -154,7 +153,7 @@ class Guess:
 def _warn(warning: Any, at: Line | None = None) -> None:
     """Warns of a line of the user's own code: the one that is running, if no other is given."""
     if not SILENT.get():
-        warnings.warn_explicit(warning, type(warning), *(at or caller()))
+        (at or caller()).warn(warning)
 
 
 def said(value: Any) -> str:

@@ -67,7 +67,7 @@ def paths(tree: Any) -> list[str]:
     )
 
 
-@pytest.mark.parametrize(("trainable", "chosen"), CHOICES, ids=lambda each: str(each)[:30])
+@pytest.mark.parametrize(("trainable", "chosen"), CHOICES)
 def test_each_leaf_is_in_one_half_and_merged_again(trainable: Any, chosen: list[str]) -> None:
     params, state = fs.split_params(VARIABLES, trainable=trainable)
     assert paths(params) == chosen
