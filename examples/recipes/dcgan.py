@@ -77,7 +77,8 @@ def squares(key: Array, count: int) -> Array:
     """Images of one bright square on dark ground, in one of the four corners."""
     corners = jax.random.randint(key, (2, count, 1), 0, 2)
     row, column = (jnp.arange(SIZE) // (SIZE // 2) == corner for corner in corners)
-    return 2.0 * (row[:, :, None] & column[:, None, :])[..., None] - 1.0
+    bright: Array = row[:, :, None] & column[:, None, :]
+    return 2.0 * bright[..., None] - 1.0
 
 
 def distance(images: Array, others: Array) -> float:
