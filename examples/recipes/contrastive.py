@@ -42,7 +42,7 @@ images, texts = ImageEncoder(size=16), TextEncoder(size=16)
 encode_image = fs.vmap_stateful(fs.with_mutable(images), axis_name="batch")
 look_at_image = fs.vmap_stateful(fs.with_mutable(images, mutable=False), axis_name="batch")
 encode_text = fs.with_mutable(texts)
-tx = optax.adamw(1e-2)
+tx = optax.adamw(optax.cosine_decay_schedule(1e-2, 500))
 
 
 def normalized(x: Array) -> Array:
