@@ -26,8 +26,8 @@ class Line(NamedTuple):
 
     def warn(self, warning: Warning) -> None:
         """As `warnings.warn`, of this line: filters match its module, which keeps what it has shown."""
-        registry = self.scope.setdefault("__warningregistry__", {})
-        warnings.warn_explicit(warning, type(warning), *self[:2], self.scope.get("__name__", ""), registry)
+        shown = self.scope.setdefault("__warningregistry__", {})
+        warnings.warn_explicit(warning, type(warning), *self[:2], self.scope.get("__name__", ""), shown)
 
 
 def caller() -> Line:
