@@ -5,6 +5,8 @@ from typing import Any
 
 from jax.extend.core import Literal
 
+from ._upstream import bare
+
 
 def source(jaxpr: Any, var: Any) -> Any:
     """Follows a result back through calls that only hand it on; gives the input that it is, if it is one."""
@@ -40,4 +42,4 @@ def _used_by(eqn: Any) -> list[Any]:
 def _called(eqn: Any) -> Any:
     """What an equation runs with its own arguments: closed in `nnx.jit`, open in `nnx.remat` and `nnx.custom_vjp`."""
     called = next((eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params), None)
-    return getattr(called, "jaxpr", called)
+    return bare(called)

@@ -214,13 +214,17 @@ def read(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
     return ((out - teacher) ** 2).mean(), state
 
 
-def evaluated(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+def evaluating(fn: Any) -> Loss:
     """A call that is given the same keys, and draws from none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fs.UntouchedStateWarning)
-        teacher, _ = FN(params, state, batch, train=False)
-        out, state = FN(params, state, batch)
-    return ((out - teacher) ** 2).mean(), state
+
+    def evaluated(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fs.UntouchedStateWarning)
+            teacher, _ = fn(params, state, batch, train=False)
+            out, state = fn(params, state, batch)
+        return ((out - teacher) ** 2).mean(), state
+
+    return evaluated
 
 
 def averaged(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
@@ -244,7 +248,7 @@ def another_models(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
     return ((out - rival) ** 2).mean() + again.mean(), state
 
 
-MEANT = {fn.__name__: fn for fn in (branches, checkpointed, copied, read, evaluated, another_models)}
+MEANT = {fn.__name__: fn for fn in (branches, checkpointed, copied, read, evaluating(FN), another_models)}
 MEANT_BY_HAND = {fn.__name__: fn for fn in (averaged, handed_out)}
 
 
@@ -261,15 +265,7 @@ def test_what_is_joined_or_handed_out_is_silent(name: str) -> None:
 @pytest.mark.parametrize("name", ["layers", "from_nnx"])
 def test_layers_that_hand_on_what_they_did_not_write_are_not_blamed(name: str) -> None:
     fn, params, state = FUNCTIONS[name]
-
-    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", fs.UntouchedStateWarning)
-            before, _ = fn(params, state, batch, train=False)
-            out, state = fn(params, state, batch)
-        return ((out - before) ** 2).mean(), state
-
-    assert told(stepped(loss_fn, params, state)) == []
+    assert told(stepped(evaluating(fn), params, state)) == []
 
 
 @needs_jit
