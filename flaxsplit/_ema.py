@@ -10,10 +10,11 @@ from jaxtyping import Array, Float
 
 from ._checks import check_count, check_kept, checked, is_function, two_of
 from ._context import during
-from ._describe import same_structure, shapes_of, wraps
+from ._describe import same_structure, shapes_of
 from ._refusals.keep import DECAY, EMA, EMA_STEP, OF, decay_of
 from ._types import Carry, CarryStepT
 from ._update import AVERAGED, check_carry
+from ._wraps import wraps
 
 Decay: TypeAlias = float | np.floating[Any] | Float[Array, ""] | Callable[[Any], Any]
 """How much of an average stays: a number of Python, NumPy or JAX, or a schedule of the step count."""

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import check_kept, checked, is_function, two_of
-from ._describe import wraps
 from ._drift import check_drift
 from ._paths import bare_path
 from ._refusals.keep import FINITE_STEP, MOVING, UNMOVED
 from ._types import CarryStepT
 from ._update import check_carry
 from ._upstream import varying_axes
+from ._wraps import wraps
 
 KEYS = "state/rngs/*"
 """Moves at each step, taken or not: the same keys would meet the same batch with the same masks."""

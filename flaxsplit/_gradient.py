@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from ._axes import averaged, check_bound, unsynced, varying
 from ._checks import check_count, checked, is_function, is_inexact
-from ._describe import ABSENT, describe, is_array, keyed_leaves, plain, wraps
+from ._describe import ABSENT, describe, is_array, keyed_leaves, plain
 from ._drift import check_drift
 from ._linear import noted, watched
 from ._lost import warn_of_lost
@@ -27,6 +27,7 @@ from ._refusals.improve import (
 )
 from ._types import OVERWRITTEN, AuxT, AxisName, BatchT, Carry, GivenLoss, GradFn, P, ParamsT, State, Tree
 from ._upstream import is_traced_with
+from ._wraps import wraps
 
 
 @overload

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, Sharding, SingleDeviceSharding
 
 from ._checks import checked, is_function
-from ._describe import describe, is_array, is_numeric, keyed_leaves, same_structure, wraps
+from ._describe import describe, is_array, is_numeric, keyed_leaves, same_structure
 from ._refusals.many import JIT_STEP, LIKE, PLACES, SECOND, UNDIVIDED, UNLIKE
 from ._types import JittedStep
 from ._upstream import reshard
+from ._wraps import wraps
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, cast
 
 from ._caller import Line, caller
 from ._context import during
-from ._describe import name_of
 from ._types import StatefulT, Tree
 from ._upstream import current_trace
+from ._wraps import name_of
 
 
 class Call(NamedTuple):

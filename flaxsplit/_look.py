@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import is_function, two_of
-from ._describe import kind_of, name_of
+from ._describe import kind_of
 from ._flow import Flow
 from ._paths import entry_name
 from ._refusals.explain import CARRY, STEP, TWO_OF_STEP
@@ -19,6 +19,7 @@ from ._tally import constants
 from ._tracing import Traced, is_equinox, is_input, is_jit, is_shaped, trace_of
 from ._types import Carry
 from ._upstream import bare
+from ._wraps import name_of
 
 
 class Leaf(NamedTuple):

@@ -9,7 +9,7 @@ import flax.linen as nn
 from flax import core, errors
 
 from ._checks import checked, two_of
-from ._describe import plain, wraps
+from ._describe import plain
 from ._linear import noted
 from ._refusals.apply import (
     ARGUMENTS,
@@ -30,6 +30,7 @@ from ._split import check_halves, merge_state
 from ._types import AnyParams, ApplyFn, LinenModule, Mutable, State, Stateful, Tree
 from ._untouched import warn_of_untouched
 from ._upstream import is_nn_apply, is_nnx, reopened
+from ._wraps import wraps
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from ._axes import check_bound
 from ._checks import checked, is_function
-from ._describe import describe, is_array, wraps
+from ._describe import describe, is_array
 from ._linear import noted
 from ._refusals.run import KEYS, NO_KEYS, NO_RNGS, OWN_RNGS, RNGS_FN
 from ._split import check_halves
 from ._types import AxisName, PRNGKey, State, StatefulT, Tree
+from ._wraps import wraps
 
 
 @checked

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._checks import check_count, checked, is_function, two_of
-from ._describe import describe, is_array, is_numeric, wraps
+from ._describe import describe, is_array, is_numeric
 from ._drift import check_drift
 from ._refusals.many import BATCH, BATCHES, LEADING, OUT, SCAN_STEP, leading
 from ._types import StepT
+from ._wraps import wraps
 
 BatchT = TypeVar("BatchT")
 

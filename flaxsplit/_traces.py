@@ -12,8 +12,9 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 
 from ._checks import check_count, checked
-from ._describe import abstract, name_of
+from ._describe import abstract
 from ._refusals.watch import RETRACED, TRACED
+from ._wraps import name_of
 
 P = ParamSpec("P")
 R = TypeVar("R")

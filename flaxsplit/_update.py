@@ -10,11 +10,12 @@ import optax
 from jaxtyping import Array, Float
 
 from ._checks import check_tx, checked
-from ._describe import describe, differences, is_array, is_numeric, same_structure, wraps
+from ._describe import describe, differences, is_array, is_numeric, same_structure
 from ._drift import check_drift
 from ._gradient import mean_loss, value_and_grad
 from ._refusals.update import GRADS, NO_CARRY, NO_COUNT, NOT_NUMERIC, OPT_STATE, UNAVERAGED
 from ._types import OVERWRITTEN, AuxT, AxisName, BatchT, Carry, GivenLoss, HostStep, P, State, Transformation
+from ._wraps import wraps
 
 AVERAGED: ContextVar[bool] = ContextVar("averaged", default=False)
 """Whether `with_ema` is around what is called."""

@@ -9,7 +9,7 @@ from jax.custom_batching import custom_vmap
 
 from ._axes import check_axis_name, is_bound
 from ._checks import check_count, checked, is_function, two_of
-from ._describe import keyed_leaves, same_leaves, wraps
+from ._describe import keyed_leaves, same_leaves
 from ._lanes import axes_by_argument, axes_by_collection, lane_count, lane_keys
 from ._linear import noted
 from ._refusals.lanes import BOUND, COLLECTIONS, FORM, SPLIT_RNGS, STATE_AXES, UNSYNCED, VMAP_FN
@@ -18,6 +18,7 @@ from ._rngs import are_keys, draw
 from ._split import check_halves
 from ._types import Axes, State, StatefulT, Tree
 from ._upstream import is_about_out_axes
+from ._wraps import wraps
 
 
 @checked

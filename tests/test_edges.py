@@ -14,7 +14,8 @@ import pytest
 from flax import nnx
 
 import flaxsplit as fs
-from flaxsplit._describe import differences, strong, wraps
+from flaxsplit._describe import differences, strong
+from flaxsplit._wraps import wraps
 
 from .flags import needs_jit, needs_x32
 from .nnx_models import NEW
