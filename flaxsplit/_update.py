@@ -37,7 +37,8 @@ def apply_gradients(tx: Transformation, carry: Carry, grads: Any, new_state: Sta
     Args:
         tx: the optax transformation that the carry was made with.
         carry: what the step was given.
-        grads: a tree like `carry.params`, as from `value_and_grad`.
+        grads: a tree like `carry.params`, as from `value_and_grad`; under `optax.lookahead` like `carry.params.fast`.
+            Those of complex params are conjugated here, since optax wants what JAX's gradient is the conjugate of.
         new_state: the state that came with the gradients.
         extra: optax's extra arguments (`value=loss`, ...), handed over as far as `tx.update` takes them.
 
@@ -56,7 +57,7 @@ def apply_gradients(tx: Transformation, carry: Carry, grads: Any, new_state: Sta
     _check_grads(carry.params, grads)
     new_state = check_drift(where, "state", carry.state, new_state)
     try:
-        updates, opt_state = tx.update(grads, carry.opt_state, carry.params, **_taken(tx, extra))
+        updates, opt_state = tx.update(ascent(grads), carry.opt_state, carry.params, **_taken(tx, extra))
         params = check_drift(where, "params", carry.params, optax.apply_updates(carry.params, updates))
         opt_state = check_drift(where, "opt_state", carry.opt_state, opt_state)
     except Exception as error:
@@ -108,7 +109,8 @@ def with_optimizer(
     (3.0, Array(1, dtype=int32))
 
     Args:
-        loss_fn: `(params, state, batch, *args, **kwargs) -> (loss, new_state)`, the loss a real scalar.
+        loss_fn: `(params, state, batch, *args, **kwargs) -> (loss, new_state)`, the loss a real scalar. Under
+            `optax.lookahead`, whose params are a pair, it is given the fast ones.
         tx: an optax transformation; `value=`, `grad=`, `value_fn=`, `grad_fn=` and `obj_fn=` reach one that takes them.
         has_aux: whether `loss_fn` returns `((loss, aux), new_state)`; the step's `out` is then `(loss, aux)`.
         microbatches: as in `value_and_grad`.
@@ -143,12 +145,12 @@ def with_optimizer(
             return loss_of(_params, carry.state, batch, *args, **kwargs)
 
         def grad_fn(_params: Any, *_: Any) -> Any:
-            return grads_of(_params, carry.state, batch, *args, **kwargs)[0][1]
+            return ascent(grads_of(_params, carry.state, batch, *args, **kwargs)[0][1])
 
-        (value, grads), new_state = grads_of(carry.params, carry.state, batch, *args, **kwargs)
+        (value, grads), new_state = grads_of(trained(carry.params), carry.state, batch, *args, **kwargs)
         loss = value[0] if has_aux else value
-        extra: Any = {"value": loss, "grad": grads, "value_fn": value_fn, "grad_fn": grad_fn, "obj_fn": value_fn}
-        return apply_gradients(tx, carry, grads, new_state, **extra), value
+        extra: Any = {"grad": ascent(grads), "grad_fn": grad_fn, "value_fn": value_fn, "obj_fn": value_fn}
+        return apply_gradients(tx, carry, grads, new_state, value=loss, **extra), value
 
     return step
 
@@ -169,8 +171,19 @@ def check_carry(carry: Any) -> None:
     NO_COUNT.unless(is_count, f"carry.step: {describe(carry.step)}")
 
 
+def trained(params: Any) -> Any:
+    """What a loss sees of the params: `optax.lookahead` keeps a slow copy beside them, which has no gradient."""
+    return params.fast if isinstance(params, optax.LookaheadParams) else params
+
+
+def ascent(grads: Any) -> Any:
+    """The gradients as optax wants them: JAX's own, but for complex params, where they are the conjugate."""
+    return jax.tree.map(lambda leaf: leaf.conj() if jnp.iscomplexobj(leaf) else leaf, grads)
+
+
 def _check_grads(params: Any, grads: Any) -> None:
     """Compares structure and shapes; a transformation may want each example's own gradients, with a leading axis."""
+    params = trained(params)
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=False)
     fits = same_structure(params, grads) and all(
         jnp.shape(grad)[-jnp.ndim(param) :] == jnp.shape(param) for param, grad in pairs if jnp.ndim(param)

@@ -2590,3 +2590,30 @@ def test_a_tree_of_500_levels_goes_through() -> None:
     carry = fs.init_carry(params, state, TX)
     assert fs.merge_state(carry.params, carry.state).keys() == {"params", "c"}
     assert len(jax.tree.leaves(fs.adopt_carry(carry, carry))) == 3
+
+
+def test_lookahead_over_params_that_are_no_pair() -> None:
+    tx = optax.lookahead(optax.sgd(0.1), sync_period=2, slow_step_size=0.5)
+    error = fails(fs.SignatureError, fs.with_optimizer(squares, tx), fs.init_carry({"w": jnp.ones(3)}, {}, tx), 1.0)
+    assert str(error) == whole("""
+    HEAD: under optax.lookahead carry.params must be optax.LookaheadParams: fast params and slow ones
+      got:
+        carry.params: dict
+      likely cause: the carry was made from the params alone
+      fix: init_carry(optax.LookaheadParams.init_synced(params), state, tx)
+    """).replace("HEAD", "apply_gradients(tx, carry, grads, new_state)")
+
+
+@pytest.mark.skipif(not hasattr(optax, "monitor"), reason="optax >= 0.2.7 has it")
+def test_an_optimizer_whose_state_grows_at_its_first_update() -> None:
+    tx = optax.monitor({"sum": lambda updates: updates["w"].sum()})
+    error = fails(fs.SignatureError, fs.with_optimizer(squares, tx), fs.init_carry({"w": jnp.ones(3)}, {}, tx), 1.0)
+    assert str(error) == whole("""
+    HEAD: tx.update must give opt_state the form that tx.init gave it (init -> update)
+      got:
+        opt_state.measurements['sum']: absent -> f32[]
+      likely cause: tx adds leaves at its first update, as optax.monitor does, so the step would compile twice
+      fix: first = jax.eval_shape(tx.update, carry.params, carry.opt_state, carry.params)[1]; \
+carry = adopt_carry(carry, carry._replace(opt_state=jax.tree.map(\
+lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=carry.step.sharding), first)), strict=False)
+    """).replace("HEAD", "apply_gradients(tx, carry, grads, new_state)")

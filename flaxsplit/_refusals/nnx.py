@@ -2,7 +2,7 @@
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -147,7 +147,7 @@ _TRAINABLE = "from_nnx(trainable=...)"
 
 
 @contextlib.contextmanager
-def said_of_a_module() -> Iterator[None]:
+def said_of_a_module() -> Generator[None]:
     """Says of a module's params what `split_params` says of variables."""
     try:
         yield

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flaxsplit._describe import describe, differences, form_of, keyed_leaves
+from flaxsplit._describe import ABSENT, Difference, describe, differences, form_of, keyed_leaves
 from flaxsplit._errors import Explained, Guess, Refusal, SignatureError, StateDriftError, UntouchedStateWarning
 from flaxsplit._types import Carry
 
@@ -72,8 +72,8 @@ PER_EXAMPLE = Refusal(
     _UPDATE,
     "tx takes the gradient of each example, with a leading axis",
     "tx clips every example's gradient (differential privacy), and got their mean",
-    "(loss, grads), state = vmap_stateful(value_and_grad(loss_fn))(carry.params, carry.state, batch), then "
-    "apply_gradients(tx, carry, grads, state)",
+    "(loss, grads), state = vmap_stateful(value_and_grad(loss_fn))(carry.params, carry.state, batch); "
+    "carry = apply_gradients(tx, carry, grads, state)",
 )
 
 
@@ -107,6 +107,24 @@ _EXTRA = Refusal(
 )
 
 
+_LOOKAHEAD = Refusal(
+    SignatureError,
+    _UPDATE,
+    "under optax.lookahead carry.params must be optax.LookaheadParams: fast params and slow ones",
+    "the carry was made from the params alone",
+    "init_carry(optax.LookaheadParams.init_synced(params), state, tx)",
+)
+_UNSETTLED = Refusal(
+    SignatureError,
+    _UPDATE,
+    "tx.update must give opt_state the form that tx.init gave it (init -> update)",
+    "tx adds leaves at its first update, as optax.monitor does, so the step would compile twice",
+    "first = jax.eval_shape(tx.update, carry.params, carry.opt_state, carry.params)[1]; carry = adopt_carry(carry, "
+    "carry._replace(opt_state=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, "
+    "device=carry.step.sharding), first)), strict=False)",
+)
+
+
 @Guess
 def OPT_STATE(error: Exception, tx: optax.GradientTransformation, carry: Carry, grads: Any) -> Explained:  # noqa: N802
     """An error of the optimizer: ours, where it is a known one; else its own."""
@@ -117,13 +135,19 @@ def OPT_STATE(error: Exception, tx: optax.GradientTransformation, carry: Carry, 
             for (path, grad), param in pairs
             if jnp.result_type(grad) != jnp.result_type(param)
         ]
-        raise _OTHER_DTYPE(*cast) if cast else error
+        if cast:
+            return _OTHER_DTYPE(*cast)
+        if all(_is_new_in_opt_state(line) for line in error.leaves) and not _misfits(tx, carry):
+            return _UNSETTLED(*error.leaves)
+        raise error
+    if isinstance(error, AttributeError) and "'fast'" in str(error):
+        return _LOOKAHEAD(f"carry.params: {describe(carry.params)}")
     missing = re.search(r"missing \d+ required keyword-only arguments?: (.*)", str(error))
     if isinstance(error, TypeError) and missing:
         names = re.findall(r"'(\w+)'", missing[1])
         given = ", ".join(f"{name}={_VALUES.get(name, '...')}" for name in names)
         return _EXTRA(*(f"{name}: not given" for name in names), given=given)
-    made = differences(_strong(jax.eval_shape(tx.init, carry.params)), _strong(carry.opt_state), "carry.opt_state")
+    made = _misfits(tx, carry)
     if not made and _takes(tx, carry, (2,)) and not _takes(tx, carry, ()):
         return PER_EXAMPLE(f"grads: like carry.params, without an axis of examples ({type(error).__name__})")
     if not made:
@@ -135,6 +159,16 @@ def OPT_STATE(error: Exception, tx: optax.GradientTransformation, carry: Carry, 
         "the carry was made with another tx, or for other params",
         WITH_TX,
     )
+
+
+def _is_new_in_opt_state(line: str) -> bool:
+    return line.startswith("opt_state") and f": {ABSENT} ->" in line
+
+
+def _misfits(tx: optax.GradientTransformation, carry: Carry) -> list[Difference]:
+    """Where the carry's `opt_state` is not what `tx` makes for its params."""
+    made = jax.eval_shape(tx.init, carry.params)
+    return differences(_strong(made), _strong(carry.opt_state), "carry.opt_state")
 
 
 def _strong(tree: Any) -> Any:
