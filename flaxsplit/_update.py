@@ -10,10 +10,10 @@ import optax
 from jaxtyping import Array, Float
 
 from ._checks import check_tx, checked
-from ._describe import describe, differences, is_array, is_numeric, same_structure
+from ._describe import describe, differences, is_array, is_numeric, same_leaves, same_structure
 from ._drift import check_drift
 from ._gradient import mean_loss, value_and_grad
-from ._refusals.update import GRADS, NO_CARRY, NO_COUNT, NOT_NUMERIC, OPT_STATE, UNAVERAGED
+from ._refusals.update import GRADS, NO_CARRY, NO_COUNT, NOT_NUMERIC, NOT_OVERWRITTEN, OPT_STATE, UNAVERAGED
 from ._types import OVERWRITTEN, AuxT, AxisName, BatchT, Carry, GivenLoss, HostStep, P, State, Transformation
 from ._wraps import wraps
 
@@ -48,6 +48,7 @@ def apply_gradients(tx: Transformation, carry: Carry, grads: Any, new_state: Sta
     Raises:
         SignatureError: `grads` are no tree like the params, or the carry was made for another optimizer.
         StateDriftError: state, params or opt_state would come out in another structure, shape or dtype.
+        UntouchedStateWarning: fp8 scales in the state come back as they were: they were not overwritten.
 
     As `TrainState.apply_gradients`, but a function, with the state beside the gradients.
     """
@@ -56,6 +57,8 @@ def apply_gradients(tx: Transformation, carry: Carry, grads: Any, new_state: Sta
     check_carry(carry)
     _check_grads(carry.params, grads)
     new_state = check_drift(where, "state", carry.state, new_state)
+    if OVERWRITTEN in carry.state and same_leaves(carry.state[OVERWRITTEN], new_state[OVERWRITTEN]):
+        NOT_OVERWRITTEN.warn(f"state[{OVERWRITTEN!r}]: stays as it is")
     try:
         updates, opt_state = tx.update(ascent(grads), carry.opt_state, carry.params, **_taken(tx, extra))
         params = check_drift(where, "params", carry.params, optax.apply_updates(carry.params, updates))

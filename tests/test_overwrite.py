@@ -1,5 +1,6 @@
 """A collection whose gradient is its next state: the scales and amax histories of Flax's fp8 layers."""
 
+import textwrap
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -136,8 +138,12 @@ def test_devices_see_the_amax_of_the_whole_batch(kind: Any) -> None:
     per_device = fs.with_optimizer(loss_of(model), TX, axis_name="data")
     step = jax.shard_map(per_device, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()))
     carry = fs.init_carry(params, state, TX, sharding=NamedSharding(mesh, P()))
-    carry, _ = jax.jit(step)(carry, jax.device_put((X, Y), NamedSharding(mesh, P("data"))))
-    assert amax(carry.state) == amax(whole)
+    batch = jax.device_put((X, Y), NamedSharding(mesh, P("data")))
+    synced, _ = jax.jit(step)(carry, batch)
+    assert amax(synced.state) == amax(whole)
+    if kind is AxisType.Auto:  # the gradient of Flax's fp8 layers names no out_sharding, as Explicit axes ask for
+        split, _ = fs.jit_step(fs.with_optimizer(loss_of(model), TX), like=carry, donate=False)(carry, batch)
+        assert amax(split.state) == amax(whole)
 
 
 def test_a_collection_of_another_name() -> None:
@@ -151,6 +157,124 @@ def test_a_collection_of_another_name() -> None:
     assert grads.keys() == {"w"}
     _, untouched = fs.value_and_grad(loss_fn)({"w": jnp.ones(2)}, state, jnp.ones(2))
     assert float(untouched["fp8_metas"]["scale"]) == 1.0
+
+
+class Block(nn.Module):
+    """One layer of many."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        """Maps `[batch, 16]` to `[batch, 16]`."""
+        return nn.Dense(16, dot_general_cls=nn.Fp8DirectDotGeneralOp)(x), None
+
+
+class Deep(nn.Module):
+    """Layers under `nn.scan`, whose scales have a leading axis."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[batch, 16]` to `[batch, 16]`."""
+        axes: Any = {"params": 0, NAME: 0}
+        layers: Any = nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=3)
+        return layers()(x, None)[0]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_layers_under_scan_have_scales_each(count: int) -> None:
+    model: Any = Deep()
+    params, state = fs.split_params(model.init(jax.random.key(2), X))
+    carry = fs.init_carry(params, state, TX)
+    step = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(loss_of(model), TX, microbatches=count)))
+    for _ in range(2):
+        carry, _ = step(carry, (X, Y))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(carry.state):
+        assert leaf.shape[0] == 3
+        if "input_amax" in jax.tree_util.keystr(path):
+            assert len({float(each) for each in leaf.max(1)}) == 3  # each layer saw other inputs
+
+
+@pytest.mark.parametrize("kind", ["Fp8DirectDotGeneralOp", "NANOOFp8DotGeneralOp", "Fp8Einsum"])
+def test_every_fp8_layer_of_flax(kind: str) -> None:
+    if not hasattr(nn, kind):
+        pytest.skip(f"this Flax has no {kind}")
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            if kind != "Fp8Einsum":
+                return nn.Dense(16, dot_general_cls=getattr(nn, kind))(x)
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), (16, 16))
+            result: jax.Array = getattr(nn, kind)()("ab,bc->ac", x, kernel)
+            return result
+
+    model: Any = Layer()
+    params, state = fs.split_params(model.init(jax.random.key(2), X))
+    step = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(loss_of(model), TX)), donate=False)
+    carry, _ = step(fs.init_carry(params, state, TX), (X, Y))
+    (_, grads), _ = jax.jit(fs.value_and_grad(loss_of(model)))(params, state, (X, Y))
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    assert all(leaf[0] > 0 for leaf in jax.tree.leaves(carry.state[NAME]) if leaf.size > 1)
+
+
+def test_a_step_that_does_not_overwrite_is_told() -> None:
+    model = Net()
+    _, params, state = start(model)
+    carry = fs.init_carry(params, state, TX)
+
+    def by_hand(carry: fs.Carry, batch: Any) -> Any:
+        (loss, state), grads = jax.value_and_grad(loss_of(model), has_aux=True)(carry.params, carry.state, batch)
+        return fs.apply_gradients(TX, carry, grads, state), loss
+
+    with pytest.warns(fs.UntouchedStateWarning) as told:
+        jax.eval_shape(by_hand, carry, (X, Y))
+    (warning,) = [each.message for each in told]
+    assert str(warning) == textwrap.dedent("""
+        apply_gradients(tx, carry, grads, new_state): fp8 scales must be overwritten by their gradient at each update
+          got:
+            state['_overwrite_with_gradient']: stays as it is
+          likely cause: jax.value_and_grad differentiated the params alone, so the scales stay as they were made
+          fix: (loss, grads), state = value_and_grad(loss_fn)(carry.params, carry.state, batch)
+    """).strip()
+    scope: Any = {"value_and_grad": fs.value_and_grad, "loss_fn": loss_of(model), "carry": carry, "batch": (X, Y)}
+    exec(warning.fix, scope)  # type: ignore[union-attr]  # noqa: S102
+    fs.apply_gradients(TX, carry, scope["grads"], scope["state"])  # silent
+
+
+def test_scales_of_each_example_are_refused_with_the_line_that_joins_them() -> None:
+    model = Net()
+    _, params, state = start(model)
+
+    def loss_fn(params: Any, state: Any, x: Any) -> Any:
+        return loss_of(model)(params, state, (x[None], x[None]))
+
+    with pytest.raises(fs.UnsyncedStateError) as caught:
+        fs.vmap_stateful(fs.value_and_grad(loss_fn))(params, state, X)
+    assert caught.value.cause.startswith("each lane has fp8 scales of its own, in Dense_0/Fp8DirectDotGeneralOp_0")
+    assert caught.value.fix == (
+        "state_axes={'_overwrite_with_gradient': 0} and a state with that axis; "
+        "to join them, jax.tree.map(lambda leaf: leaf.max(0), new_state['_overwrite_with_gradient'])"
+    )
+    wide = {NAME: jax.tree.map(lambda leaf: jnp.stack([leaf] * len(X)), state[NAME])}
+    (_, grads), new_state = fs.vmap_stateful(fs.value_and_grad(loss_fn), state_axes={NAME: 0})(params, wide, X)
+    assert jax.tree.leaves(grads)[0].shape[0] == len(X)
+    joined = jax.tree.map(lambda leaf: leaf.max(0), new_state[NAME])
+    whole = fs.value_and_grad(lambda p, s, b: loss_of(model)(p, s, (b, b)))(params, state, X)[1]
+    assert amax({NAME: joined}) == pytest.approx(amax(whole))
+
+
+def test_a_bridged_nnx_module_keeps_its_scales_in_the_state() -> None:
+    module: Any = nnx.bridge.ToNNX(Net(), rngs=nnx.Rngs(0))
+    nnx.bridge.lazy_init(module, X)
+    fn, params, state = fs.from_nnx(module)
+    assert NAME in state
+
+    def loss_fn(params: Any, state: Any, batch: Any) -> Any:
+        out, state = fn(params, state, batch[0])
+        return ((out - batch[1]) ** 2).mean(), state
+
+    carry = fs.init_carry(params, state, TX)
+    carry, _ = fs.jit_step(fs.with_optimizer(loss_fn, TX))(carry, (X, Y))
+    assert all(value > 0 for value in amax(carry.state).values())
 
 
 def test_evaluation_reads_the_collection() -> None:

@@ -14,6 +14,7 @@ from flaxsplit._errors import (
     StateDriftError,
     UnsyncedStateError,
 )
+from flaxsplit._types import OVERWRITTEN
 
 from .options import form, function
 
@@ -139,6 +140,10 @@ def _cause_and_fix(mapped: Iterable[str], axis_name: str | None, ensemble: bool)
     if ensemble:
         cause = "params_axes makes an ensemble, and every member has its own state"
         return cause, f"vmap_stateful(fn, params_axes=..., {axes}), the state stacked like the params"
+    if collections == [OVERWRITTEN]:
+        fix = f"{axes} and a state with that axis; to join them, "
+        fix += f"jax.tree.map(lambda leaf: leaf.max(0), new_state[{OVERWRITTEN!r}])"
+        return f"each lane has fp8 scales of its own, in {who}", fix
     if collections != ["batch_stats"]:
         cause = f"what is kept is computed per lane and not averaged over the axis, in {who}"
         return cause, f"jax.lax.pmean(value, {axis_name or 'batch'!r}) there, or {axes} and a state with that axis"

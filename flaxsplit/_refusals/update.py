@@ -56,6 +56,13 @@ UNAVERAGED = Refusal(
     "with_ema was forgotten, or the tree is of your own",
     "with_ema(with_optimizer(loss_fn, tx), decay=0.999); or state['extra'] for a tree of your own",
 )
+NOT_OVERWRITTEN = Refusal(
+    UntouchedStateWarning,
+    _UPDATE,
+    "fp8 scales must be overwritten by their gradient at each update",
+    "jax.value_and_grad differentiated the params alone, so the scales stay as they were made",
+    "(loss, grads), state = value_and_grad(loss_fn)(carry.params, carry.state, batch)",
+)
 GRADS = Refusal(
     SignatureError,
     _UPDATE,
