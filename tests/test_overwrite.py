@@ -1,7 +1,7 @@
 """A collection whose gradient is its next state: the scales and amax histories of Flax's fp8 layers."""
 
 import textwrap
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -176,7 +176,8 @@ class Deep(nn.Module):
         """Maps `[batch, 16]` to `[batch, 16]`."""
         axes: Any = {"params": 0, NAME: 0}
         layers: Any = nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=3)
-        return layers()(x, None)[0]
+        out: jax.Array = layers()(x, None)[0]
+        return out
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -212,7 +213,7 @@ def test_every_fp8_layer_of_flax(kind: str) -> None:
     step = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(loss_of(model), TX)), donate=False)
     carry, _ = step(fs.init_carry(params, state, TX), (X, Y))
     (_, grads), _ = jax.jit(fs.value_and_grad(loss_of(model)))(params, state, (X, Y))
-    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    jax.tree.map(lambda grad, param: None, grads, params)  # one structure, or it raises
     assert all(leaf[0] > 0 for leaf in jax.tree.leaves(carry.state[NAME]) if leaf.size > 1)
 
 
@@ -227,7 +228,7 @@ def test_a_step_that_does_not_overwrite_is_told() -> None:
 
     with pytest.warns(fs.UntouchedStateWarning) as told:
         jax.eval_shape(by_hand, carry, (X, Y))
-    (warning,) = [each.message for each in told]
+    (warning,) = [cast(Any, each.message) for each in told]
     assert str(warning) == textwrap.dedent("""
         apply_gradients(tx, carry, grads, new_state): fp8 scales must be overwritten by their gradient at each update
           got:
@@ -236,7 +237,7 @@ def test_a_step_that_does_not_overwrite_is_told() -> None:
           fix: (loss, grads), state = value_and_grad(loss_fn)(carry.params, carry.state, batch)
     """).strip()
     scope: Any = {"value_and_grad": fs.value_and_grad, "loss_fn": loss_of(model), "carry": carry, "batch": (X, Y)}
-    exec(warning.fix, scope)  # type: ignore[union-attr]  # noqa: S102
+    exec(warning.fix, scope)  # noqa: S102
     fs.apply_gradients(TX, carry, scope["grads"], scope["state"])  # silent
 
 
