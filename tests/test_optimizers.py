@@ -81,6 +81,20 @@ def test_lookahead_moves_the_fast_params_and_pulls_the_slow_ones_after_them() ->
     np.testing.assert_allclose(params.slow["w"], 0.9)
 
 
+def test_sam_in_one_call_asks_for_gradients_elsewhere() -> None:
+    adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    tx = optax.contrib.sam(optax.sgd(0.1), adversary, sync_period=2, opaque_mode=True)
+    carry = fs.init_carry(optimizers.PARAMS, {}, tx)
+    ours = fs.with_optimizer(optimizers.loss_fn, tx)
+    assert optimizers.fault(optimizers.Trial(ours, optimizers.by_hand(tx), carry)) is None
+    step = fs.jit_step(fs.assert_max_traces(ours))
+    losses = []
+    for _ in range(50):
+        carry, loss = step(carry, optimizers.BATCH)
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+
+
 @pytest.mark.parametrize(
     "tx",
     [

@@ -217,6 +217,17 @@ def test_every_fp8_layer_of_flax(kind: str) -> None:
     assert all(leaf[0] > 0 for leaf in jax.tree.leaves(carry.state[NAME]) if leaf.size > 1)
 
 
+def test_a_poisoned_batch_leaves_the_scales() -> None:
+    model = Net()
+    _, params, state = start(model)
+    step = fs.jit_step(fs.skip_nonfinite(fs.with_optimizer(loss_of(model), TX)), donate=False)
+    carry, _ = step(fs.init_carry(params, state, TX), (X, Y))
+    poisoned, loss = step(carry, (X.at[0, 0].set(jnp.nan), Y))
+    assert jnp.isnan(loss)
+    assert_equal(poisoned.state, carry.state)
+    assert_equal(step(poisoned, (X, Y))[0].state, step(carry, (X, Y))[0].state)
+
+
 def test_a_step_that_does_not_overwrite_is_told() -> None:
     model = Net()
     _, params, state = start(model)
