@@ -126,12 +126,29 @@ class ApplyFn(Protocol):
     def __call__(self, variables: Variables, /, *args: Any, **kwargs: Any) -> Any: ...
 
 
-StatefulT = TypeVar("StatefulT", bound=Callable[Concatenate[Any, Any, ...], tuple[Any, Any]])
-"""Bounds what combinators take and give back unchanged, so that a model's own signature survives a stack of them."""
+class AnyStateful(Protocol):
+    """Any stateful function. A bound is a protocol: behind one that is a `Callable`, pyrefly forgets the signature."""
 
-StepT = TypeVar("StepT", bound=Callable[Concatenate[Any, Any, ...], tuple[Any, Any]])
+    def __call__(self, params: Any, state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]: ...
+
+
+class AnyStep(Protocol):
+    """Any step, over a carry of any type."""
+
+    def __call__(self, carry: Any, batch: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]: ...
+
+
+class AnyCarryStep(Protocol):
+    """Any step over a `Carry`."""
+
+    def __call__(self, carry: Carry, batch: Any, /, *args: Any, **kwargs: Any) -> tuple[Carry, Any]: ...
+
+
+StatefulT = TypeVar("StatefulT", bound=AnyStateful)
+"""Bounds what combinators take and give back unchanged, so that a model's own signature survives a stack of them."""
+StepT = TypeVar("StepT", bound=AnyStep)
 """Bounds the steps that a combinator takes and gives back unchanged."""
-CarryStepT = TypeVar("CarryStepT", bound=Callable[Concatenate[Carry, Any, ...], tuple[Carry, Any]])
+CarryStepT = TypeVar("CarryStepT", bound=AnyCarryStep)
 """Likewise, over a `Carry` and no other."""
 
 

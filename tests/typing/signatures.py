@@ -83,7 +83,7 @@ assert_type(fs.vmap_stateful(fn)(net_params, net_state, x)[0], Array)
 fn(net_params, net_state, x, scale="2")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 fn(net_params, net_state)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 fs.from_nnx(Net)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
-fs.from_nnx(model)  # pyright: ignore[reportArgumentType]
+fs.from_nnx(model)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
 
 stacked = fs.with_rngs(fs.vmap_stateful(fs.with_mutable(model, mutable=False), axis_name="batch"))
 assert_type(stacked(params, state | fs.rng_state(dropout=jax.random.key(0)), x, train=True)[0], Array)
