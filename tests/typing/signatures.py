@@ -37,6 +37,7 @@ assert_type(apply(params, state, x, True, scale=2.0), tuple[Array, dict[str, Any
 assert_type(fs.with_mutable(model, method=Model.encode)(params, state, x, 3)[0], tuple[Array, Array])
 assert_type(fs.with_mutable(model, capture="intermediates")(params, state, x)[0], tuple[Array, dict[str, Any]])
 assert_type(fs.with_mutable(model.apply)(params, state, x)[0], Any)
+assert_type(fs.with_mutable(model.apply)(params, state, x, rngs={"dropout": x}), tuple[Any, dict[str, Any]])
 assert_type(fs.with_mutable(functools.partial(model.apply, train=True))(params, state, x)[0], Any)
 
 
