@@ -12,6 +12,7 @@ from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, Protocol, TypeAlias
 
 import jax
+import numpy as np
 import optax
 from flax.core import DenyList, FrozenDict
 from jaxtyping import Array, Int, Key, UInt32
@@ -44,9 +45,19 @@ Tree: TypeAlias = Mapping[str, Any]
 """A nested mapping of leaves. `Params` and `State`, which flaxsplit makes, are plain dicts."""
 if TYPE_CHECKING:
     AnyParams: TypeAlias = Mapping[str, Any] | optax.Params
-else:  # at run time all of optax's trees would let a number pass as params
+    Transformation: TypeAlias = optax.GradientTransformation | optax.MultiSteps
+    PRNGKey: TypeAlias = Key[Array, "..."] | UInt32[Array, "... key"]
+    Count: TypeAlias = Int[Array, ""]
+else:  # at run time all of optax's trees would let a number pass as params; the others are what runs unchecked, too
     AnyParams = Mapping[str, Any] | FrozenDict
-"""Params as users have them: `optax.apply_updates` is typed as giving any tree at all."""
+    Transformation = Any
+    PRNGKey = Key[Array, "..."] | UInt32[Array | np.ndarray, "... key"] | jax.ShapeDtypeStruct
+    Count = Int[Array | np.ndarray, ""] | np.integer | int
+"""Params as users have them: `optax.apply_updates` is typed as giving any tree at all.
+
+What optax calls a transformation, and the one class of optax's that has the two methods and is none. A typed key, or a
+legacy uint32 one: both work everywhere. How many updates have been done, which a checkpoint gives back as a number.
+"""
 
 
 class HostArray(Protocol):
@@ -68,14 +79,9 @@ Abstract: TypeAlias = AbstractArray | tuple[AbstractArray, ...] | Mapping[str, A
 """What has shapes and no values: it stands for an argument, or for a tree of them, whatever a function says of it."""
 HostBatch: TypeAlias = HostArray | tuple[HostArray, ...] | Mapping[str, HostArray]
 """A batch as loaders give it. Not recursive: mypy cannot take such a union apart again, and calls right steps wrong."""
-Transformation: TypeAlias = optax.GradientTransformation | optax.MultiSteps
-"""What optax calls a transformation, and the one class of optax's that has the two methods and is none."""
 Params: TypeAlias = dict[str, Any]
 State: TypeAlias = dict[str, Any]
 Variables: TypeAlias = dict[str, Any]
-
-PRNGKey: TypeAlias = Key[Array, "..."] | UInt32[Array, "... key"]
-"""A typed key, or a legacy uint32 one. Both work everywhere."""
 
 Trainable: TypeAlias = str | Callable[[str, Any], bool] | Mapping[str, Any] | Sequence[Any]
 """Which params to optimize: a glob, a predicate `(path, leaf) -> bool`, a tree of bools, or a sequence of these."""
@@ -96,7 +102,7 @@ class Carry(NamedTuple):
         opt_state: what `tx.init(params)` gave.
     """
 
-    step: Int[Array, ""]
+    step: Count
     params: Any  # nested dicts; Any, since what `optax.apply_updates` returns is typed as any tree at all
     state: State
     opt_state: Any  # as params: optax types it as any tree, in which no optimizer's own fields are to be seen

@@ -51,6 +51,14 @@ fs.with_mutable(plain, mutable=3)  # type: ignore[call-overload]  # pyright: ign
 fs.with_mutable(3)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
+# Flax's own models, of which some have overloads without the overlay, and any collection of names.
+of_rnn, of_attention = fs.with_mutable(nn.RNN(nn.LSTMCell(4))), fs.with_mutable(nn.MultiHeadDotProductAttention(2))
+assert_type(of_rnn(params, state, x, return_carry=True), tuple[Any, dict[str, Any]])
+assert_type(of_attention(params, state, x, inputs_kv=x), tuple[Array, dict[str, Any]])
+assert_type(fs.with_mutable(model, capture={"losses"})(params, state, x)[0], tuple[Array, dict[str, Any]])
+of_rnn(params, state, x, return_carries=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
 class Net(nnx.Module):
     """The same in NNX."""
 
