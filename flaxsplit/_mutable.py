@@ -79,15 +79,15 @@ def with_mutable(
 ) -> Stateful[P, tuple[R, Captured]]: ...
 @overload
 def with_mutable(
-    fn: ApplyFn, *, method: None = None, mutable: Mutable = ..., capture: Names = ()
+    fn: ApplyFn, *, method: None = None, mutable: Mutable = ..., capture: str | Collection[str] = ()
 ) -> Stateful[..., Any]: ...
 @overload
 def with_mutable(
-    fn: ApplyFn | nn.Module, *, method: str, mutable: Mutable = ..., capture: Names = ()
+    fn: ApplyFn | nn.Module, *, method: str, mutable: Mutable = ..., capture: str | Collection[str] = ()
 ) -> Stateful[..., Any]: ...
 @checked
 def with_mutable(
-    fn: Any, *, method: Any = None, mutable: Mutable = ..., capture: Names = ()
+    fn: Any, *, method: Any = None, mutable: Mutable = ..., capture: str | Collection[str] = ()
 ) -> Stateful[..., Any]:
     """Wraps a model into a stateful function: `fn(params, state, *args, **kwargs) -> (out, new_state)`.
 

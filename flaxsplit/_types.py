@@ -47,16 +47,14 @@ if TYPE_CHECKING:
     AnyParams: TypeAlias = Mapping[str, Any] | optax.Params
     Transformation: TypeAlias = optax.GradientTransformation | optax.MultiSteps
     PRNGKey: TypeAlias = Key[Array, "..."] | UInt32[Array, "... key"]
-    Count: TypeAlias = Int[Array, ""]
 else:  # at run time all of optax's trees would let a number pass as params; the others are what runs unchecked, too
     AnyParams = Mapping[str, Any] | FrozenDict
-    Transformation = Any
+    Transformation = optax.GradientTransformation | Any
     PRNGKey = Key[Array, "..."] | UInt32[Array | np.ndarray, "... key"] | jax.ShapeDtypeStruct
-    Count = Int[Array | np.ndarray, ""] | np.integer | int
 """Params as users have them: `optax.apply_updates` is typed as giving any tree at all.
 
 What optax calls a transformation, and the one class of optax's that has the two methods and is none. A typed key, or a
-legacy uint32 one: both work everywhere. How many updates have been done, which a checkpoint gives back as a number.
+legacy uint32 one: both work everywhere.
 """
 
 
@@ -102,11 +100,14 @@ class Carry(NamedTuple):
         opt_state: what `tx.init(params)` gave.
     """
 
-    step: Count
+    step: Int[Array, ""]
     params: Any  # nested dicts; Any, since what `optax.apply_updates` returns is typed as any tree at all
     state: State
     opt_state: Any  # as params: optax types it as any tree, in which no optimizer's own fields are to be seen
 
+
+# Looked at where signatures are checked at run time: a checkpoint gives the count back as a number.
+Carry.__annotations__["step"] = Int[Array | np.ndarray, ""] | np.integer | int
 
 class LinenModule(Protocol[P, R_co]):
     """A Linen module, seen through the signature of its own `__call__`: `LinenModule[[Array], Array]`."""
