@@ -74,7 +74,7 @@ gpu:  ## the benchmarks in eight minutes, on the accelerator that is there; inst
 	$(PYTHON) -m benchmarks report $(if $(OUT),--out $(OUT))
 	@echo "make gpu: done"
 
-types: types-once  ## mypy and pyright, both strict, and what they must reject; on the oldest Python too
+types: types-once  ## mypy and pyright, both strict, and what they, ty and pyrefly must reject; on the oldest Python too
 	$(BIN)/python tools/types_table.py
 	@python=$$($(PYTHON) tools/newest.py 3.11) || exit; \
 	if [ -z "$$python" ]; then echo "types: no CPython 3.11 found, checked with this one"; exit; fi; \

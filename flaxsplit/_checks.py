@@ -144,7 +144,9 @@ def _check(value: Any, hint: Any) -> None:
 def _checkable(hint: Any) -> Any:
     """Says protocols and type variables as checkers read them: no value fits a protocol with ParamSpec at run time."""
     origin = get_origin(hint) or hint
-    if getattr(origin, "_is_protocol", False) or isinstance(getattr(hint, "__bound__", None), type(Callable[..., Any])):
+    bound = getattr(hint, "__bound__", None)
+    is_protocol = any(getattr(each, "_is_protocol", False) for each in (origin, bound))
+    if is_protocol or isinstance(bound, type(Callable[..., Any])):
         return Callable[..., Any]
     if isinstance(hint, TypeVar):
         return Any

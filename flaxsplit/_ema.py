@@ -16,7 +16,7 @@ from ._types import Carry, CarryStepT
 from ._update import AVERAGED, check_carry
 from ._wraps import wraps
 
-Decay: TypeAlias = float | np.floating[Any] | Float[Array, ""] | Callable[[Any], Any]
+Decay: TypeAlias = float | int | np.floating[Any] | Float[Array, ""] | Callable[[Any], Any]
 """How much of an average stays: a number of Python, NumPy or JAX, or a schedule of the step count."""
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 import flax.linen as nn
@@ -36,7 +36,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 NoCapture = tuple[()]
-Names = str | Sequence[str]  # of which an empty one, where it is not written out, counts as names: hence the ignores
+Names = str | Collection[str]  # of which an empty one, where it is not written out, counts as names: hence the ignores
 Captured = dict[str, Any]
 
 HIDDEN = frozenset({"rngs", "ema", "extra"})
@@ -80,15 +80,15 @@ def with_mutable(
 ) -> Stateful[P, tuple[R, Captured]]: ...
 @overload
 def with_mutable(
-    fn: ApplyFn, *, method: None = None, mutable: Mutable = ..., capture: str | Sequence[str] = ()
+    fn: ApplyFn, *, method: None = None, mutable: Mutable = ..., capture: str | Collection[str] = ()
 ) -> Stateful[..., Any]: ...
 @overload
 def with_mutable(
-    fn: ApplyFn | nn.Module, *, method: str, mutable: Mutable = ..., capture: str | Sequence[str] = ()
+    fn: ApplyFn | nn.Module, *, method: str, mutable: Mutable = ..., capture: str | Collection[str] = ()
 ) -> Stateful[..., Any]: ...
 @checked
 def with_mutable(
-    fn: Any, *, method: Any = None, mutable: Mutable = ..., capture: str | Sequence[str] = ()
+    fn: Any, *, method: Any = None, mutable: Mutable = ..., capture: str | Collection[str] = ()
 ) -> Stateful[..., Any]:
     """Wraps a model into a stateful function: `fn(params, state, *args, **kwargs) -> (out, new_state)`.
 

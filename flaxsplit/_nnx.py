@@ -41,11 +41,8 @@ class NnxModule(Protocol[P, R_co]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
-    def eval(self, **attributes: Any) -> Any: ...  # keeps Linen modules out; mypy sees their __getattr__ and does not
-
-    def sow(
-        self, variable_type: Any, name: str, value: Any
-    ) -> Any: ...  # keeps classes out: there it lacks an argument
+    # Keeps out Linen modules, whose `sow` names its arguments otherwise, and classes, where it lacks one.
+    def sow(self, *, variable_type: Any, name: str, value: Any) -> Any: ...
 
 
 @overload

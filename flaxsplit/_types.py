@@ -12,6 +12,7 @@ from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, Protocol, TypeAlias
 
 import jax
+import numpy as np
 import optax
 from flax.core import DenyList, FrozenDict
 from jaxtyping import Array, Int, Key, UInt32
@@ -44,9 +45,17 @@ Tree: TypeAlias = Mapping[str, Any]
 """A nested mapping of leaves. `Params` and `State`, which flaxsplit makes, are plain dicts."""
 if TYPE_CHECKING:
     AnyParams: TypeAlias = Mapping[str, Any] | optax.Params
-else:  # at run time all of optax's trees would let a number pass as params
+    Transformation: TypeAlias = optax.GradientTransformation | optax.MultiSteps
+    PRNGKey: TypeAlias = Key[Array, "..."] | UInt32[Array, "... key"]
+else:  # at run time all of optax's trees would let a number pass as params; the others are what runs unchecked, too
     AnyParams = Mapping[str, Any] | FrozenDict
-"""Params as users have them: `optax.apply_updates` is typed as giving any tree at all."""
+    Transformation = optax.GradientTransformation | Any
+    PRNGKey = Key[Array, "..."] | UInt32[Array | np.ndarray, "... key"] | jax.ShapeDtypeStruct
+"""Params as users have them: `optax.apply_updates` is typed as giving any tree at all.
+
+What optax calls a transformation, and the one class of optax's that has the two methods and is none. A typed key, or a
+legacy uint32 one: both work everywhere.
+"""
 
 
 class HostArray(Protocol):
@@ -68,14 +77,9 @@ Abstract: TypeAlias = AbstractArray | tuple[AbstractArray, ...] | Mapping[str, A
 """What has shapes and no values: it stands for an argument, or for a tree of them, whatever a function says of it."""
 HostBatch: TypeAlias = HostArray | tuple[HostArray, ...] | Mapping[str, HostArray]
 """A batch as loaders give it. Not recursive: mypy cannot take such a union apart again, and calls right steps wrong."""
-Transformation: TypeAlias = optax.GradientTransformation | optax.MultiSteps
-"""What optax calls a transformation, and the one class of optax's that has the two methods and is none."""
 Params: TypeAlias = dict[str, Any]
 State: TypeAlias = dict[str, Any]
 Variables: TypeAlias = dict[str, Any]
-
-PRNGKey: TypeAlias = Key[Array, "..."] | UInt32[Array, "... key"]
-"""A typed key, or a legacy uint32 one. Both work everywhere."""
 
 Trainable: TypeAlias = str | Callable[[str, Any], bool] | Mapping[str, Any] | Sequence[Any]
 """Which params to optimize: a glob, a predicate `(path, leaf) -> bool`, a tree of bools, or a sequence of these."""
@@ -102,6 +106,9 @@ class Carry(NamedTuple):
     opt_state: Any  # as params: optax types it as any tree, in which no optimizer's own fields are to be seen
 
 
+# Looked at where signatures are checked at run time: a checkpoint gives the count back as a number.
+Carry.__annotations__["step"] = Int[Array | np.ndarray, ""] | np.integer | int
+
 class LinenModule(Protocol[P, R_co]):
     """A Linen module, seen through the signature of its own `__call__`: `LinenModule[[Array], Array]`."""
 
@@ -126,12 +133,29 @@ class ApplyFn(Protocol):
     def __call__(self, variables: Variables, /, *args: Any, **kwargs: Any) -> Any: ...
 
 
-StatefulT = TypeVar("StatefulT", bound=Callable[Concatenate[Any, Any, ...], tuple[Any, Any]])
-"""Bounds what combinators take and give back unchanged, so that a model's own signature survives a stack of them."""
+class AnyStateful(Protocol):
+    """Any stateful function. A bound is a protocol: behind one that is a `Callable`, pyrefly forgets the signature."""
 
-StepT = TypeVar("StepT", bound=Callable[Concatenate[Any, Any, ...], tuple[Any, Any]])
+    def __call__(self, params: Any, state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]: ...
+
+
+class AnyStep(Protocol):
+    """Any step, over a carry of any type."""
+
+    def __call__(self, carry: Any, batch: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]: ...
+
+
+class AnyCarryStep(Protocol):
+    """Any step over a `Carry`."""
+
+    def __call__(self, carry: Carry, batch: Any, /, *args: Any, **kwargs: Any) -> tuple[Carry, Any]: ...
+
+
+StatefulT = TypeVar("StatefulT", bound=AnyStateful)
+"""Bounds what combinators take and give back unchanged, so that a model's own signature survives a stack of them."""
+StepT = TypeVar("StepT", bound=AnyStep)
 """Bounds the steps that a combinator takes and gives back unchanged."""
-CarryStepT = TypeVar("CarryStepT", bound=Callable[Concatenate[Carry, Any, ...], tuple[Carry, Any]])
+CarryStepT = TypeVar("CarryStepT", bound=AnyCarryStep)
 """Likewise, over a `Carry` and no other."""
 
 

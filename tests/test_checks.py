@@ -62,13 +62,31 @@ RIGHT = {
     "from_nnx": "fs.from_nnx(linear, method=nnx.Linear.__call__, trainable='kernel')",
     "to_nnx": "fs.to_nnx(linear, *fs.from_nnx(linear)[1:])",
 }
+# What runs, although the types say less: a checkpoint gives the count back as a number, a transformation is whatever
+# has the two methods, and keys may be abstract.
+LOOSE = {
+    "an int as count": "fs.apply_gradients(tx, carry._replace(step=0), {}, {})",
+    "a NumPy count": "fs.apply_gradients(tx, carry._replace(step=np.int32(0)), {}, {})",
+    "a NumPy array as count": "fs.apply_gradients(tx, carry._replace(step=np.zeros((), int)), {}, {})",
+    "an optimizer of one's own": "fs.init_carry({}, {}, types.SimpleNamespace(init=tx.init, update=tx.update))",
+    "MultiSteps": "fs.init_carry({}, {}, optax.MultiSteps(tx, 2))",
+    "an abstract key": "fs.rng_state(dropout=jax.eval_shape(lambda: jax.random.key(0)))",
+    "a NumPy key": "fs.rng_state(dropout=np.asarray(jax.random.PRNGKey(0)))",
+    "a set of names": "fs.with_mutable(nn.Dense(1), capture={'intermediates'})",
+    "a whole decay": "fs.with_ema(step, decay=0)",
+    "frozen params": "fs.settle_state(fn, core.freeze({'w': jnp.ones(2)}), core.freeze({}), jnp.ones(2))",
+    "abstract params": "fs.split_params({'params': {'w': jax.ShapeDtypeStruct((2,), 'float32')}})",
+    "a list as a carry": "fs.jit_step(step)([jnp.ones(2)], 3)",
+}
 CODE = """
 import functools, json, sys
-import flax.linen as nn, jax, jax.numpy as jnp, jaxtyping, optax
+import types
+import flax.linen as nn, jax, jax.numpy as jnp, jaxtyping, numpy as np, optax
 import flaxsplit as fs
-from flax import nnx
+from flax import core, nnx
 linear = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
 tx = optax.sgd(0.1)
+carry = fs.init_carry({}, {}, tx)
 def fn(params, state, x): return x, state
 def loss_fn(params, state, batch): return jnp.float32(0), state
 def step(carry, batch): return carry, batch
@@ -108,6 +126,11 @@ def test_a_wrong_argument_to_every_public_function_is_rejected(checker: str) -> 
 @pytest.mark.parametrize("checker", ["", "typeguard", "beartype"])
 def test_right_arguments_are_not_rejected(checker: str) -> None:
     assert errors_of(RIGHT, checker) == [{}, []]
+
+
+@pytest.mark.parametrize("checker", ["", "typeguard", "beartype"])
+def test_what_runs_unchecked_runs_checked(checker: str) -> None:
+    assert errors_of(LOOSE, checker) == [{}, []]
 
 
 def test_without_a_checker_nothing_checks_types() -> None:

@@ -1056,7 +1056,7 @@ def test_rngs_by_hand() -> None:
       got:
         rngs=['dropout'] in the call
       likely cause: keys were passed by hand to a function that draws its own
-      fix: fn(params, state, x), or with_mutable(model)(params, state, x, rngs=...)
+      fix: fn(params, state, x), or with_mutable(model.apply)(params, state, x, rngs=...)
     """)
     by_hand: Any = fs.with_mutable(DROPOUT)
     by_hand({}, {}, X, rngs={"dropout": KEY})

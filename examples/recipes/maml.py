@@ -66,7 +66,7 @@ def joint_loss(params: Any, state: Any, task: Task) -> tuple[Array, Any]:
     return error(params, state, jax.tree.map(lambda *parts: jnp.concatenate(parts), *task))
 
 
-def mean_over_tasks(loss_fn: Any) -> Any:
+def mean_over_tasks(loss_fn: fs.LossFn[Task, Array]) -> fs.LossFn[Task, Array]:
     over_tasks = fs.vmap_stateful(loss_fn)
 
     def meta_loss(params: Any, state: Any, tasks: Task) -> tuple[Array, Any]:

@@ -54,7 +54,7 @@ OWN_RNGS = Refusal(
     "with_rngs(fn)",
     "rngs come from state['rngs']",
     "keys were passed by hand to a function that draws its own",
-    "fn(params, state, x), or with_mutable(model)(params, state, x, rngs=...)",
+    "fn(params, state, x), or with_mutable(model.apply)(params, state, x, rngs=...)",
 )
 
 # ---- settle_state

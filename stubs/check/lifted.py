@@ -100,6 +100,10 @@ class Encoder(nn.Module):
         carry, ys = Cell(self.features)(carry, xs)
         ys = nn.RNN(nn.GRUCell(self.features))(ys)
         last, _ = nn.RNN(nn.LSTMCell(self.features))(ys, return_carry=True)
+        mask = nn.combine_masks(nn.make_causal_mask(ys[..., 0]), None)
+        assert_type(mask, jax.Array)
+        ys = nn.MultiHeadDotProductAttention(num_heads=2)(ys, inputs_kv=ys, mask=mask)
+        assert_type(ys, jax.Array)
         assert_type(nn.GRUCell(self.features)(carry, ys[:, 0])[1], jax.Array | Any)
         ys = ys + last[0][:, None]
         return nn.Dense(1)(jnp.concatenate([carry, ys[:, -1]], axis=-1))

@@ -6,9 +6,11 @@ import jax
 import optax
 from batch_stats import ResNet, TrainState
 from classify import CNN
+from flax import jax_utils
 from flax import linen as nn
 from flax.core import FrozenDict
-from flax.training import train_state
+from flax.metrics import tensorboard
+from flax.training import common_utils, train_state
 from lifted import MLP, Layer
 from setup_style import VAE
 
@@ -42,3 +44,13 @@ def states(state: TrainState, model: CNN, params: Any, frozen: FrozenDict[str, A
     state.step = 0  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
     state.replace(step=0).batch_statistics  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
     frozen["params"] = params  # type: ignore[index]  # pyright: ignore[reportIndexIssue]
+
+
+def helpers(writer: tensorboard.SummaryWriter, params: dict[str, Any], x: jax.Array) -> None:
+    writer.scaler("loss", x, 1)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    writer.scalar("loss", 1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    jax_utils.replicate(params, device=[])  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    jax_utils.unreplicate(params).shape  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    common_utils.onehot(x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    nn.combine_masks(None, x).shape  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+    nn.RNN(nn.LSTMCell(4))(x, return_carries=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

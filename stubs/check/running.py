@@ -25,6 +25,7 @@ def main() -> None:
     import classify
     import lifted
     import setup_style
+    import several_devices
 
     key = jax.random.key(0)
     images, labels = jnp.ones((2, 28, 28, 1)), jnp.zeros((2,), int)
@@ -44,6 +45,8 @@ def main() -> None:
     lifted.encode(key, jnp.ones((2, 5, 3)))
     loop = lifted.Loop()
     loop.apply(loop.init(key, jnp.ones((2, 3))), jnp.ones((2, 3)))
+
+    several_devices.epoch({"w": jnp.ones(())}, [{"x": jnp.ones(8)}], key)
 
     variables = by_hand.BiasAdder().init(key, jnp.ones((3, 4)))
     by_hand.loop(key, jnp.ones((3, 4)))

@@ -37,6 +37,7 @@ assert_type(apply(params, state, x, True, scale=2.0), tuple[Array, dict[str, Any
 assert_type(fs.with_mutable(model, method=Model.encode)(params, state, x, 3)[0], tuple[Array, Array])
 assert_type(fs.with_mutable(model, capture="intermediates")(params, state, x)[0], tuple[Array, dict[str, Any]])
 assert_type(fs.with_mutable(model.apply)(params, state, x)[0], Any)
+assert_type(fs.with_mutable(model.apply)(params, state, x, rngs={"dropout": x}), tuple[Any, dict[str, Any]])
 assert_type(fs.with_mutable(functools.partial(model.apply, train=True))(params, state, x)[0], Any)
 
 
@@ -48,6 +49,14 @@ assert_type(fs.with_mutable(plain)(params, state, x, train=True), tuple[Any, dic
 assert_type(fs.with_mutable(jax.jit(model.apply))(params, state, x)[0], Any)
 fs.with_mutable(plain, mutable=3)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
 fs.with_mutable(3)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+# Flax's own models, of which some have overloads without the overlay, and any collection of names.
+of_rnn, of_attention = fs.with_mutable(nn.RNN(nn.LSTMCell(4))), fs.with_mutable(nn.MultiHeadDotProductAttention(2))
+assert_type(of_rnn(params, state, x, return_carry=True), tuple[Any, dict[str, Any]])
+assert_type(of_attention(params, state, x, inputs_kv=x), tuple[Array, dict[str, Any]])
+assert_type(fs.with_mutable(model, capture={"losses"})(params, state, x)[0], tuple[Array, dict[str, Any]])
+of_rnn(params, state, x, return_carries=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
 class Net(nnx.Module):
@@ -83,7 +92,7 @@ assert_type(fs.vmap_stateful(fn)(net_params, net_state, x)[0], Array)
 fn(net_params, net_state, x, scale="2")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 fn(net_params, net_state)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 fs.from_nnx(Net)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
-fs.from_nnx(model)  # pyright: ignore[reportArgumentType]
+fs.from_nnx(model)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
 
 stacked = fs.with_rngs(fs.vmap_stateful(fs.with_mutable(model, mutable=False), axis_name="batch"))
 assert_type(stacked(params, state | fs.rng_state(dropout=jax.random.key(0)), x, train=True)[0], Array)

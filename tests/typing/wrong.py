@@ -196,7 +196,7 @@ def wrong_steps(params: Tree, carry: fs.Carry, x: Array) -> None:
 def wrong_aux(carry: fs.Carry, x: Array) -> None:
     aux_step(carry, (x, x))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     aux_step(carry, x)[1].mean()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
-    aux_step(carry, x)[1][1].mean()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    aux_step(carry, x)[1][1].logits  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def wrong_scans(params: Tree, carry: fs.Carry, x: Array) -> None:

@@ -66,22 +66,11 @@ class MultiHeadDotProductAttention(Module):
     out_dot_general_cls: Any = None
     qk_attn_weights_einsum_cls: Callable[..., Callable[..., Array]] | None = None
     attn_weights_value_einsum_cls: Callable[..., Callable[..., Array]] | None = None
-    @overload
     def __call__(
         self,
         inputs_q: Array,
         inputs_k: Array | None = None,
         inputs_v: Array | None = None,
-        *,
-        mask: Array | None = None,
-        deterministic: bool | None = None,
-        dropout_rng: PRNGKey | None = None,
-        sow_weights: bool = False,
-    ) -> jax.Array: ...
-    @overload
-    def __call__(
-        self,
-        inputs_q: Array,
         *,
         inputs_kv: Array | None = None,
         mask: Array | None = None,
@@ -111,4 +100,7 @@ def make_attention_mask(
     dtype: Dtype = ...,
 ) -> jax.Array: ...
 def make_causal_mask(x: Array, extra_batch_dims: int = 0, dtype: Dtype = ...) -> jax.Array: ...
+@overload
+def combine_masks(mask: jax.Array, /, *masks: Array | None, dtype: Dtype = ...) -> jax.Array: ...
+@overload
 def combine_masks(*masks: Array | None, dtype: Dtype = ...) -> jax.Array | None: ...

@@ -1,5 +1,5 @@
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar, overload
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import jax
 from flax.core.scope import CollectionFilter, PRNGSequenceFilter
@@ -128,21 +128,8 @@ class RNN(Module):
     variable_broadcast: CollectionFilter = "params"
     variable_carry: CollectionFilter = False
     split_rngs: Mapping[PRNGSequenceFilter, bool] = ...
-    # Left to the attribute `return_carry`, the form of the result is not known before it runs.
-    @overload
-    def __call__(
-        self,
-        inputs: jax.Array,
-        *,
-        initial_carry: Carry | None = None,
-        init_key: PRNGKey | None = None,
-        seq_lengths: Array | None = None,
-        return_carry: Literal[True],
-        time_major: bool | None = None,
-        reverse: bool | None = None,
-        keep_order: bool | None = None,
-    ) -> tuple[Carry, Output]: ...
-    @overload
+    # Whether a pair comes out may be said by the attribute `return_carry`, so no overload knows it; and a function over
+    # any module, which sees the first of several, would lose the others.
     def __call__(
         self,
         inputs: jax.Array,
@@ -180,21 +167,7 @@ class Bidirectional(Module):
     merge_fn: Callable[[Array, Array], Array] = ...
     time_major: bool = False
     return_carry: bool = False
-    # Left to the attribute `return_carry`, the form of the result is not known before it runs.
-    @overload
-    def __call__(
-        self,
-        inputs: jax.Array,
-        *,
-        initial_carry: Carry | None = None,
-        init_key: PRNGKey | None = None,
-        seq_lengths: Array | None = None,
-        return_carry: Literal[True],
-        time_major: bool | None = None,
-        reverse: bool | None = None,
-        keep_order: bool | None = None,
-    ) -> tuple[Carry, Output]: ...
-    @overload
+    # As in `RNN`.
     def __call__(
         self,
         inputs: jax.Array,
