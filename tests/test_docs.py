@@ -87,6 +87,7 @@ def test_each_combinator_has_a_page_and_a_picture() -> None:
     drawn = {path.stem: path.read_text() for path in pictures.FOLDER.glob("*.svg")}
     assert drawn == {name: pictures.drawn(flow, name) for name, flow in pictures.FLOWS.items()}
     assert all(f"]({name}.svg)" in text for name, text in pages.items())
+    assert pictures.LOOP.read_text() == pictures.drawn(pictures.ROUND, "the carry goes round")
     parts = {name: re.findall(r"^## (\w+)", text, re.MULTILINE) for name, text in pages.items()}
     assert {name: found for name, found in parts.items() if found != ["Example", "As", "Errors"]} == {}
 
