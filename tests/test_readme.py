@@ -25,7 +25,8 @@ def test_before_and_after_are_the_same_bit_for_bit() -> None:
     exec(BLOCKS["model"] + BLOCKS["after"], names)  # noqa: S102
     carry = names["carry"]
     state = {name: carry.state[name] for name in by_hand["state"]}
-    jax.tree.map(np.testing.assert_array_equal, {"params": carry.params, "state": state, "loss": names["loss"]}, by_hand)
+    ours = {"params": carry.params, "state": state, "loss": names["loss"]}
+    jax.tree.map(np.testing.assert_array_equal, ours, by_hand)
     assert int(carry.step) == 20
     exec(BLOCKS["open"], names)  # noqa: S102
     assert sorted(names["logs"]) == ["loss", "norm"]
@@ -33,7 +34,7 @@ def test_before_and_after_are_the_same_bit_for_bit() -> None:
 
 
 def test_the_readme_counts_what_one_imports() -> None:
-    used = {name for name in re.findall(r"\bfs\.(\w+)", BLOCKS["after"])}
+    used = set(re.findall(r"\bfs\.(\w+)", BLOCKS["after"]))
     functions = {name for name, _ in inspect.getmembers(fs, inspect.isfunction) if name[0] != "_"}
     assert used <= functions
     assert f"needs {len(used)} of the {len(functions)} functions" in README
