@@ -1,6 +1,7 @@
 """Writes `docs/tutorial.ipynb` and `docs/open_step.ipynb` with `--write`; without, fails if one differs.
 
-Each is the page of that name. Text becomes cells of Markdown; sessions become cells of code, each up to what shows something.
+Each is the page of that name. Text becomes cells of Markdown. Sessions become cells of code, each up to what shows
+something.
 """
 
 import argparse
