@@ -1,6 +1,7 @@
-"""Writes `docs/tutorial.ipynb` with `--write`; without, fails where the notebook is not what would be written.
+"""Writes `docs/tutorial.ipynb` and `docs/open_step.ipynb` with `--write`; without, fails if one differs.
 
-It is the tutorial: its text becomes cells of Markdown, its sessions cells of code, each up to what shows something.
+Each is the page of that name. Text becomes cells of Markdown. Sessions become cells of code, each up to what shows
+something.
 """
 
 import argparse
@@ -13,16 +14,15 @@ from collections.abc import Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "tutorial.md"
-NOTEBOOK = PAGE.with_suffix(".ipynb")
-ITSELF = " It is [a notebook](tutorial.ipynb) too."
+PAGES = [ROOT / "docs" / name for name in ("tutorial.md", "open_step.md")]
+ITSELF = re.compile(r" It is \[a notebook\]\(\w+.ipynb\) too\.")
 SESSION = re.compile(r"```pycon\n(.*?)```\n", re.DOTALL)
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
-def notebook() -> str:
+def notebook(page: pathlib.Path) -> str:
     """The page as a notebook of format 4.5, with the results that the page shows."""
-    found = list(cells(PAGE.read_text().replace(ITSELF, "")))
+    found = list(cells(ITSELF.sub("", page.read_text())))
     for i, cell in enumerate(found):
         cell["id"] = f"cell-{i}"
     whole = {"cells": found, "metadata": {"kernelspec": KERNEL}, "nbformat": 4, "nbformat_minor": 5}
@@ -56,13 +56,16 @@ def code(source: str, shown: str) -> dict[str, Any]:
 def main() -> int:
     """Compares or writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write docs/tutorial.ipynb")
-    if parser.parse_args().write:
-        NOTEBOOK.write_text(notebook())
-    elif not NOTEBOOK.exists() or NOTEBOOK.read_text() != notebook():
-        print("notebook: docs/tutorial.ipynb is not what the tutorial says; run `python tools/notebook.py --write`")
-        return 1
-    return 0
+    parser.add_argument("--write", action="store_true", help="write the notebooks")
+    write = parser.parse_args().write
+    notebooks = {page.with_suffix(".ipynb"): notebook(page) for page in PAGES}
+    if write:
+        for path, text in notebooks.items():
+            path.write_text(text)
+    stale = [path.name for path, text in notebooks.items() if not path.exists() or path.read_text() != text]
+    if stale:
+        print(f"notebook: not what the pages say: {', '.join(stale)}; run `python tools/notebook.py --write`")
+    return bool(stale)
 
 
 if __name__ == "__main__":

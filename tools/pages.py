@@ -18,6 +18,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Adds the pages, and the pictures of the report."""
     readme = (ROOT / "README.md").read_text().replace("](docs/", "](")
     files.append(File.generated(config, "index.md", content=readme))
+    files.append(File.generated(config, "CHANGELOG.md", abs_src_path=str(ROOT / "CHANGELOG.md")))
     files.append(File.generated(config, "api.md", content=api(readme)))
     for path in (ROOT / "examples" / "recipes").glob("*.py"):
         files.append(File.generated(config, f"recipes/{path.stem}.md", content=recipe(path)))

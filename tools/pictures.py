@@ -1,7 +1,8 @@
-"""Draws `docs/combinators/*.svg` with `--write`; without, fails where a picture is not what would be drawn.
+"""Draws `docs/carry.svg` and `docs/combinators/*.svg` with `--write`; without, fails if a picture differs.
 
-One for each combinator: what goes in, what is called, what comes out. Rows of boxes lie below each other, a box is
-`label / small print`; a function stands in brackets; what follows a `#` tells equal labels apart, and alone keeps room.
+The first is the README's: the carry goes round. The others show each combinator: what goes in, what is called, what
+comes out. Rows of boxes lie below each other. A box is `label / small print`; a function stands in brackets; what
+follows a `#` tells equal labels apart, and alone keeps room.
 """
 
 import argparse
@@ -25,6 +26,30 @@ class Flow(NamedTuple):
     back: tuple[str, str, str] | None = None
 
 
+LOOP = ROOT / "docs" / "carry.svg"
+ROUND = Flow(
+    [
+        ["[split_params] / of model.init(...)"],
+        ["params / the optimizer's", "state / all the rest", "tx"],
+        ["[init_carry]"],
+        ["batch", "carry / step, params, state, opt_state"],
+        ["[value_and_grad] / of loss_fn, which calls with_mutable(model)"],
+        ["loss", "grads", "new_state"],
+        ["#", "[apply_gradients] / tx.update"],
+        ["#left", "carry#2 / step + 1, all of it new"],
+    ],
+    [
+        ("[split_params]", "params"),
+        ("[split_params]", "state"),
+        *((name, "[init_carry]") for name in ("params", "state", "tx")),
+        ("[init_carry]", "carry"),
+        *((name, "[value_and_grad]") for name in ("carry", "batch")),
+        *(("[value_and_grad]", name) for name in ("loss", "grads", "new_state")),
+        *((name, "[apply_gradients]") for name in ("grads", "new_state")),
+        ("[apply_gradients]", "carry#2"),
+    ],
+    ("carry#2", "carry", "jit_step: compiled once, called for each batch"),
+)  # fmt: skip
 FLOWS = {
     "split_params": Flow([
         ["variables / {params, batch_stats}"],
@@ -309,9 +334,10 @@ def node(name: str, box: Box, small: str) -> Iterator[str]:
 def main() -> int:
     """Compares or writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write docs/combinators/*.svg")
+    parser.add_argument("--write", action="store_true", help="write the pictures")
     write = parser.parse_args().write
     pictures = {FOLDER / f"{name}.svg": drawn(flow, name) for name, flow in FLOWS.items()}
+    pictures[LOOP] = drawn(ROUND, "the carry goes round")
     if write:
         for path, text in pictures.items():
             path.write_text(text)
