@@ -34,6 +34,9 @@ CLAIMS = (
     "nnx",
     "checks",
     "imports",
+    "startup",
+    "nonfinite",
+    "explain",
 )
 HERE = pathlib.Path(__file__).parent
 console = Console()

@@ -34,6 +34,9 @@ ORDER = (
     Item("accumulation", "", 20),
     Item("nnx", "", 25),
     Item("imports", "", 30),
+    Item("startup", "", 60),
+    Item("nonfinite", "", 20),
+    Item("explain", "", 60),
     Item("tracing", "", 40),
 )
 

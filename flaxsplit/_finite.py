@@ -67,6 +67,7 @@ def skip_nonfinite(step: CarryStepT, *, moving: str | Sequence[str] = ()) -> Car
         check_kept("skip_nonfinite(step)", carry)
         new_carry = check_drift("skip_nonfinite(step)", "carry", carry, new_carry)
         taken = _everywhere(_is_finite(new_carry, carry) & _is_finite(out[0] if isinstance(out, tuple) else out))
+        taken = jax.lax.optimization_barrier(taken)  # XLA would work it out again for each leaf that it chooses
         old, treedef = jax.tree.flatten(carry)
         moves = [any(fnmatch.fnmatchcase(path, glob) for glob in (KEYS, *globs)) for path in paths]
         leaves = zip(moves, jax.tree.leaves(new_carry), old, strict=True)

@@ -217,6 +217,21 @@ def test_what_is_named_moves_all_the_same() -> None:
 
 
 @needs_x32
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="an older XLA drops the barrier on a CPU")
+def test_the_guard_costs_a_few_instructions_for_each_leaf() -> None:
+    params = {f"w{i}": jnp.full(3, float(i)) for i in range(40)}
+
+    def loss_fn(params: Any, state: Any, batch: Any) -> Any:
+        return sum(jnp.sum((leaf - batch) ** 2) for leaf in params.values()), state
+
+    tx = optax.adam(0.1)
+    carry, step = fs.init_carry(params, {}, tx), fs.with_optimizer(loss_fn, tx)
+    texts: Any = [fs.jit_step(f).lower(carry, jnp.zeros(3)).compile().as_text() for f in (step, fs.skip_nonfinite(step))]
+    bare, guarded = (sum(" = " in line for line in text.splitlines()) for text in texts)
+    leaves = len(jax.tree.leaves(carry))
+    assert guarded - bare < 20 * leaves  # one flag for all: worked out for each leaf it would be their square
+
+
 def test_what_it_refuses() -> None:
     step: Any = fs.with_optimizer(loss_of(), TX)
     with pytest.raises(fs.CollectionError) as caught:
