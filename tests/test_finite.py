@@ -226,7 +226,8 @@ def test_the_guard_costs_a_few_instructions_for_each_leaf() -> None:
 
     tx = optax.adam(0.1)
     carry, step = fs.init_carry(params, {}, tx), fs.with_optimizer(loss_fn, tx)
-    texts: Any = [fs.jit_step(f).lower(carry, jnp.zeros(3)).compile().as_text() for f in (step, fs.skip_nonfinite(step))]
+    lowered: Any = [fs.jit_step(each).lower(carry, jnp.zeros(3)) for each in (step, fs.skip_nonfinite(step))]
+    texts = [each.compile().as_text() for each in lowered]
     bare, guarded = (sum(" = " in line for line in text.splitlines()) for text in texts)
     leaves = len(jax.tree.leaves(carry))
     assert guarded - bare < 20 * leaves  # one flag for all: worked out for each leaf it would be their square
