@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ._checks import checked, survives
+from ._declared import declaring
 from ._describe import ABSENT, Difference, describe, is_array, kind_of, wraps
 from ._errors import CollectionError, SignatureError, StateDriftError
 from ._filters import choose
@@ -144,7 +145,7 @@ def from_nnx(
         stateful.__name__ = stateful.__qualname__ = type(module).__name__
     params = {slot.path: leaf for slot, leaf in zip(slots, leaves, strict=True) if slot in chosen}
     state = {slot.place: leaf for slot, leaf in zip(slots, leaves, strict=True) if slot not in chosen}
-    return stateful, unflatten(params), unflatten(state)
+    return declaring(stateful, "from_nnx(module)", call, 1), unflatten(params), unflatten(state)
 
 
 @checked
