@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from ._axes import averaged, check_bound, unsynced, varying
 from ._checks import check_count, checked, is_function, is_inexact
+from ._declared import declaring
 from ._describe import ABSENT, describe, is_array, keyed_leaves, plain
 from ._drift import check_drift
 from ._linear import noted, watched
@@ -96,7 +97,8 @@ def value_and_grad(
     given: Any = overwrite
     OVERWRITE.unless(isinstance(given, str), overwrite=given)
     check_count("value_and_grad(loss_fn, microbatches=...)", microbatches)
-    objective = _differentiated(_objective(loss_fn, has_aux, axis_name))
+    declared = declaring(loss_fn, "value_and_grad(loss_fn)")
+    objective = _differentiated(_objective(declared, has_aux, axis_name))
 
     @wraps(loss_fn)
     @noted

@@ -9,6 +9,7 @@ import flax.linen as nn
 from flax import core, errors
 
 from ._checks import checked, two_of
+from ._declared import declaring
 from ._describe import plain
 from ._linear import noted
 from ._refusals.apply import (
@@ -131,7 +132,9 @@ def with_mutable(
     apply = _apply_of(fn, method)
     captured = (capture,) if isinstance(capture, str) else tuple(capture)
 
-    @wraps(*_signed(fn, method))
+    signed, leading, replaces = _signed(fn, method)
+
+    @wraps(signed, leading, replaces)
     @noted
     def stateful(params: AnyParams, state: Tree, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
         check_halves("with_mutable(fn)", params, state)
@@ -153,7 +156,7 @@ def with_mutable(
         warn_of_untouched(run, names, variables, new_state, params, state.get("params", {}), is_named)
         return ((out, _sown(captured, updated)) if captured else out), new_state
 
-    return stateful
+    return declaring(stateful, "with_mutable(fn)", signed, replaces)
 
 
 def _is_apply(fn: Any) -> bool:

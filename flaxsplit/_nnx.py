@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ._checks import checked, survives
+from ._declared import declaring
 from ._describe import describe, is_array, kind_of
 from ._jaxprs import source
 from ._linear import noted
@@ -130,7 +131,7 @@ def from_nnx(
         stateful.__name__ = stateful.__qualname__ = type(module).__name__
     params = {slot.path: leaf for slot, leaf in zip(slots, leaves, strict=True) if slot in chosen}
     state = {slot.place: leaf for slot, leaf in zip(slots, leaves, strict=True) if slot not in chosen}
-    return stateful, unflatten(params), unflatten(state)
+    return declaring(stateful, "from_nnx(module)", call, 1), unflatten(params), unflatten(state)
 
 
 @checked

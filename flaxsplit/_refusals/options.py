@@ -75,6 +75,17 @@ DONATED = Refusal(
 
 
 @Guess
+def SHAPES(declared: Sequence[Any], where: str) -> Explained:  # noqa: N802
+    """An array of another shape or dtype than its annotation says, after those that have a name of a size with it."""
+    kinds = [f"{each.hint.dtype.__name__}[..., {each.hint.dim_str!r}]" for each in declared]
+    came = [f"{each.path}: {describe(each.leaf)}, declared {kind}" for each, kind in zip(declared, kinds, strict=True)]
+    required = "arrays must be as their annotations say, with one size for each name"
+    cause = "another array was passed, an axis is missing, or one is too many"
+    fix = "the arrays that are declared; or in the annotation another name, where sizes may differ"
+    return SignatureError(where, required, came, cause, fix)
+
+
+@Guess
 def TWO(result: Any, where: str, form: str) -> Explained:  # noqa: N802
     """What must return two things."""
     came = f"a tuple of {len(result)}" if type(result) is tuple else describe(result)

@@ -1,7 +1,7 @@
 """Read by type checkers, not run: functions of a user, annotated with the public names as docs/annotations.md does."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, assert_type
+from typing import Any, NamedTuple, NewType, ParamSpec, Protocol, TypeVar, assert_type
 
 import flax.linen as nn
 import jax
@@ -118,6 +118,20 @@ class Mine(NamedTuple):
     critic: fs.Carry
 
 
+Generator = NewType("Generator", fs.Carry)
+Critic = NewType("Critic", fs.Carry)
+Round = fs.JittedStep[[Generator, Critic, Batch], tuple[Generator, Critic]]
+
+
+def make_round(generate: Step, judge: Step) -> Round:
+    """Two carries that cannot be swapped."""
+
+    def both(generator: Generator, critic: Critic, batch: Batch) -> tuple[Generator, Critic]:
+        return Generator(generate(generator, batch)[0]), Critic(judge(critic, batch)[0])
+
+    return fs.jit_step(both)
+
+
 def adversarial(carry: Mine, batch: Batch) -> tuple[Mine, Array]:
     return carry, batch.x
 
@@ -144,6 +158,11 @@ def main(x: Array, tx: optax.GradientTransformation) -> None:
     scan: Callable[..., Any] = jax.lax.scan
     scan(gan, Mine(carry, carry), batch)
 
+    generator, critic, both = Generator(carry), Critic(carry), make_round(make_step(model, tx), make_step(model, tx))
+    assert_type(both(generator, critic, batch), tuple[Generator, Critic])
+
+    both(critic, generator, batch)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    both(carry, carry, batch)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     make_step(Fused(), tx)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     make_step(Classifier, tx)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     make_step(model, tx)(carry, x)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
