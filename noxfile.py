@@ -45,7 +45,7 @@ def built(session: nox.Session) -> None:
 
 @nox.session(requires=["built"], reuse_venv=False)
 def empty(session: nox.Session) -> None:
-    """The wheel in an empty environment, with its dependencies and nothing else: a recipe and the README train there."""
+    """The wheel in an empty environment, with its dependencies alone: a recipe and the README train there."""
     session.install(str(wheel()))
     session.run("python", "-m", "pip", "check")
     session.chdir(session.create_tmp())

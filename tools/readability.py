@@ -1,8 +1,8 @@
 """Reports how the pages read: `python tools/readability.py`, or `... --against FOLDER` beside an older tree.
 
 textstat counts words and gives the reading grade: the automated readability index, in years of school, which needs no
-dictionary. A sentence counts as passive if a participle follows a form of `be`, which is the rule of write-good. This is a
-report, not a gate: plain sentences about hard things have a high grade too.
+dictionary. A sentence counts as passive if a participle follows a form of `be`, which is the rule of write-good. This is
+a report, not a gate: plain sentences about hard things have a high grade too.
 """
 
 import argparse
@@ -19,8 +19,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PLACES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "docs/combinators/*.md")
 CODE = ("flaxsplit/*.py", "examples/recipes/*.py")
 FENCE = r"```.*?```|<!--.*?-->|<[^>]+>|^\s*\|[^\n]*\|$|^#+ [^\n]*$|!\[.*?\]\(.*?\)"
-IRREGULAR = "built|bound|brought|chosen|done|drawn|found|given|gone|held|kept|known|laid|left|lost|made|met|meant|put"
-IRREGULAR += "|read|run|said|seen|sent|set|shown|sown|split|taken|thrown|told|written"
+IRREGULAR = (
+    "built|bound|brought|chosen|done|drawn|found|given|gone|held|kept|known|laid|left|lost|made|met|meant|put|read|run"
+    "|said|seen|sent|set|shown|sown|split|taken|thrown|told|written"
+)
 PASSIVE = re.compile(rf"\b(?:am|are|is|was|were|be|been|being)\s+(?:\w+ly\s+)?(?:\w+ed|{IRREGULAR})\b", re.IGNORECASE)
 
 
