@@ -23,7 +23,7 @@ export RECORD ?=
 NOX := $(BIN)/nox
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow checked fuzz bench gpu soak mutants types types-once types-mypy types-pyright docs lint audit flags versions lowest newest check clean
+.PHONY: help demo test slow checked fuzz bench gpu soak mutants types types-once types-mypy types-pyright docs lint readability release audit flags versions lowest newest check clean
 .DELETE_ON_ERROR:
 # The first line says what the target runs on: an environment that is there keeps the Python that it was made with.
 ifneq ($(filter demo test slow checked fuzz bench gpu docs,$(MAKECMDGOALS)),)
@@ -105,6 +105,14 @@ lint: $(VENV)/.installed-lint  ## ruff, and the spelling of every text
 	$(BIN)/ruff check
 	$(BIN)/codespell
 	@echo "make lint: no findings"
+
+readability: $(VENV)/.installed-readable  ## how the pages read: sentence length, passive voice, grade; a report
+	$(BIN)/python tools/readability.py
+
+release: $(VENV)/.installed-versions  ## the checklist of a release: texts, build, wheel in an empty environment, README there
+	$(BIN)/python tools/release.py
+	$(NOX) -s empty
+	@echo "make release: tag the commit, and upload what lies in build/dist"
 
 audit: $(VENV)/.installed-audit  ## known vulnerabilities of what is installed, where they can be looked up
 	$(BIN)/python tools/audit.py

@@ -14,7 +14,7 @@ import nox
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT)]
 
-from tools import dist, floors, newest  # noqa: E402 (found beside this file)
+from tools import dist, floors, newest, release  # noqa: E402 (found beside this file)
 
 PYPROJECT = ROOT / "pyproject.toml"
 PYTHONS = nox.project.python_versions(nox.project.load_toml(PYPROJECT))  # the classifiers
@@ -45,11 +45,13 @@ def built(session: nox.Session) -> None:
 
 @nox.session(requires=["built"], reuse_venv=False)
 def empty(session: nox.Session) -> None:
-    """The wheel in an empty environment, with what it asks for and nothing else: a recipe trains there."""
+    """The wheel in an empty environment, with its dependencies alone: a recipe and the README train there."""
     session.install(str(wheel()))
     session.run("python", "-m", "pip", "check")
     session.chdir(session.create_tmp())
     session.run("python", "-I", "-W", "error", str(ROOT / "examples" / "recipes" / "batch_norm.py"))
+    pathlib.Path("readme.py").write_text(release.program((ROOT / "README.md").read_text()))
+    session.run("python", "-I", "-W", "error", "readme.py")
 
 
 @nox.session(requires=["built"], reuse_venv=True)

@@ -1,7 +1,7 @@
 """Trains a convolutional network on 1,797 handwritten digits, then fine-tunes its head, with flaxsplit.
 
-The network is written for one image. `vmap_stateful` makes it one for a batch, with BatchNorm synced over the batch
-and a dropout mask per image. The same loop written by hand runs beside it, for the comparison at the end.
+The network is written for one image. `vmap_stateful` maps it over a batch, with BatchNorm averaged over the batch and a
+dropout mask per image. The same loop written by hand runs beside it, for the comparison at the end.
 """
 
 import sys

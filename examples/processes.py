@@ -1,13 +1,13 @@
 """The same training in several processes: `python examples/processes.py --processes 2`.
 
-Starts its own processes, which meet over loopback, each with a few virtual CPU devices. The model is made straight into
-its shards, each process feeds its own part of the batch, and every process writes its own shards of the checkpoint. Run
-it again with another number of processes, or of devices, and it goes on where it stopped, on the new mesh:
+It starts its own processes, which connect over loopback, each with a few virtual CPU devices. The model is created
+directly in its shards, each process feeds its own part of the batch and writes its own shards of the checkpoint. Run it
+again with another number of processes or devices, and it continues on the new mesh:
 
     python examples/processes.py --folder /tmp/run --processes 2 --steps 20
     python examples/processes.py --folder /tmp/run --processes 1 --devices 8 --steps 40
 
-Where the processes are on different machines, leave out the part that starts them and give `jax.distributed.initialize`
+If the processes are on different machines, leave out the part that starts them and pass `jax.distributed.initialize`
 the first machine's address; nothing else changes.
 """
 

@@ -1,7 +1,7 @@
 """One training on eight devices, laid out in six ways: `python examples/sharding.py [WAY ...]`.
 
-Virtual CPU devices stand for accelerators. Each way takes the same steps from the same start, and ends where one device
-does, to rounding; what each does with the batch statistics is in docs/sharding.md.
+Virtual CPU devices stand for accelerators. Each way takes the same steps from the same start, and ends with the result
+of one device, up to rounding. docs/sharding.md says what each does with the batch statistics.
 """
 
 import argparse

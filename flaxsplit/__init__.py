@@ -42,7 +42,7 @@ from ._update import apply_gradients as apply_gradients
 from ._update import with_optimizer as with_optimizer
 from ._vmap import vmap_stateful as vmap_stateful
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if _typing.TYPE_CHECKING:
     from ._explain import explain_step as explain_step

@@ -1,4 +1,4 @@
-"""What a checkpoint gave back becomes a carry again, which the compiled step takes without compiling."""
+"""A restored checkpoint becomes a carry again, which the compiled step takes without a recompile."""
 
 import dataclasses
 from collections import Counter
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @checked
 def adopt_carry(restored: Any, like: T, *, strict: bool = True) -> T:
-    """Makes what a checkpoint gave back into a carry that the compiled step takes without compiling again.
+    """Converts a restored checkpoint into a carry that the compiled step takes without a recompile.
 
     Law: `adopt_carry(carry, carry) == carry` in values, structure, dtypes and placement; also after a round trip
     through NumPy, lists for tuples, dicts for named tuples, key data for keys.
@@ -37,21 +37,21 @@ def adopt_carry(restored: Any, like: T, *, strict: bool = True) -> T:
     Array([2., 2., 2.], dtype=float32)
 
     Args:
-        restored: what the checkpoint library returned; or what a `TrainState` was saved as, whose collections lie
-            beside its params.
-        like: a carry as `init_carry` makes it; only its shapes, dtypes and shardings are read, so a donated one, or
-            one of `jax.ShapeDtypeStruct`, does too.
-        strict: whether both must have the same leaves. If not, what both have is kept, params that are frozen now or no
-            longer and the state of an optimizer that was wrapped or unwrapped too; a leaf that `restored` lacks is the
-            one of `like`, and what it has beyond `like` is left out. A leaf that both have in another shape or dtype
-            stays an error. So training goes on with other params frozen, or with an average that was not there before.
+        restored: the result of the checkpoint library; also a saved `TrainState`, with its collections beside its
+            params.
+        like: a carry of `init_carry`. Only its shapes, dtypes and shardings are read, so a donated carry or one of
+            `jax.ShapeDtypeStruct` works too.
+        strict: whether both must have the same leaves. If not, the leaves that both have are kept, also if they are
+            frozen now or no longer, or if the optimizer was wrapped or unwrapped. A leaf that `restored` lacks comes
+            from `like`; a leaf that `like` lacks is dropped. A leaf of another shape or dtype stays an error. Use it
+            to continue with other params frozen, or with a new average.
 
     Returns:
-        A carry of `like`'s structure and placement, with buffers of its own.
+        A carry of `like`'s structure and placement, with its own buffers.
 
     Raises:
-        CollectionError: leaves are missing, left over, deleted, or of another shape or dtype; names every one.
-        SignatureError: a leaf of `like` is no array.
+        CollectionError: leaves are missing, left over, deleted, or of another shape or dtype; all are named.
+        SignatureError: a leaf of `like` is not an array.
     """
     LIKE.unless_all(is_array, like, "like")
     wanted, held = _by_path(like), _laid_out(restored, like)

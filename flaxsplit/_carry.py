@@ -1,4 +1,4 @@
-"""What a step threads: made so that the first step compiles the last time."""
+"""The carry of a step, made so that the first compile is the last."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 @checked
 def init_carry(params: AnyParams, state: Tree, tx: Transformation, *, sharding: Sharding | None = None) -> Carry:
-    """Makes the carry that a step threads.
+    """Makes the carry: everything that a step changes, in one pytree.
 
-    Law: it has the values of `Carry(0, params, state, tx.init(params))`, and a step gives it back in the same
+    Law: it has the values of `Carry(0, params, state, tx.init(params))`, and a step returns it with the same
     structure, shapes, dtypes and placement.
 
     >>> import jax.numpy as jnp, optax, flaxsplit as fs
@@ -30,19 +30,19 @@ def init_carry(params: AnyParams, state: Tree, tx: Transformation, *, sharding: 
     (Array(0, dtype=int32), True)
 
     Args:
-        params: the tree to optimize. Copied, as is all of the carry: a donated step deletes nothing of the caller's.
-        state: `{collection: tree}`; an EMA may start as the params themselves, `state | {"ema": params}`.
+        params: the tree to optimize. All of the carry is copied, so a donated step deletes no array of the caller.
+        state: `{collection: tree}`; an EMA may start as the params, `state | {"ema": params}`.
         tx: an optax transformation.
-        sharding: where leaves go that are on no mesh yet. `NamedSharding(mesh, PartitionSpec())` replicates them, as
-            `jax.jit` over a mesh and `jax.shard_map` want it.
+        sharding: the sharding of leaves that are on no mesh yet. `NamedSharding(mesh, PartitionSpec())` replicates
+            them, as `jax.jit` over a mesh and `jax.shard_map` need it.
 
     Returns:
-        A `Carry` of JAX arrays without weak types or aliases, committed to one placement: if any leaf lives on a mesh
-        every leaf does (others replicated), else all are on one device.
+        A `Carry` of JAX arrays without weak types or aliases, committed to one placement: if one leaf is on a mesh,
+        every leaf is (the others replicated); else all are on one device.
 
     Raises:
-        SignatureError: a leaf is not an array or number, or a whole number beyond JAX's bits; params and state live on
-            different devices or meshes; or `tx` holds a mask of FrozenDicts.
+        SignatureError: a leaf is not an array or number, or an integer too large for JAX's dtype; params and state are
+            on different devices or meshes; or `tx` holds a mask of FrozenDicts.
 
     As `flax.training.train_state.TrainState.create`, without functions in the tree.
     """

@@ -1,4 +1,4 @@
-"""An average beside what is averaged: of the params, of params and statistics, or of a part."""
+"""A moving average in the state: of the params, of params and statistics, or of a part."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias, cast
@@ -27,9 +27,9 @@ def params_of(carry: Carry) -> Any:
 
 @checked
 def with_ema(step: CarryStepT, *, decay: Decay, of: Callable[[Carry], Any] = params_of, every: int = 1) -> CarryStepT:
-    """Keeps an exponential moving average of the params, or of what `of` names, in `state['ema']`.
+    """Keeps an exponential moving average of the params, or of `of(carry)`, in `state['ema']`.
 
-    Law: after each step `ema = decay * ema + (1 - decay) * of(carry)`. Evaluates by `apply(carry.state["ema"], ...)`.
+    Law: after each step `ema = decay * ema + (1 - decay) * of(carry)`. Evaluate by `apply(carry.state["ema"], ...)`.
 
     >>> import jax.numpy as jnp, optax, flaxsplit as fs
     >>> loss_fn = lambda params, state, batch: (jnp.sum(params["w"] * batch), state)
@@ -41,20 +41,20 @@ def with_ema(step: CarryStepT, *, decay: Decay, of: Callable[[Carry], Any] = par
 
     Args:
         step: a step over a `Carry`.
-        decay: how much of the average stays, between 0 and 1; or a schedule of the step count.
-        of: what is averaged, a tree of the carry: `lambda carry: {"params": carry.params, "batch_stats":
+        decay: the share of the old average that stays, between 0 and 1; or a schedule of the step count.
+        of: chooses the tree to average: `lambda carry: {"params": carry.params, "batch_stats":
             carry.state["batch_stats"]}` for a model with its statistics. `state['ema']` starts as such a tree. Leaves
             that are not floating or complex, such as counters, are copied.
-        every: averages at each `every`-th update only; between them the average stays, and costs nothing.
+        every: averages only at each `every`-th update; between them the average stays, and costs nothing.
 
     Returns:
         A step with the same `out`.
 
     Raises:
-        CollectionError: `state['ema']` is not there or not of the structure of what is averaged.
+        CollectionError: `state['ema']` is missing, or has another structure than the averaged tree.
         SignatureError: `decay` is not between 0 and 1.
 
-    As `optax.ema` on params instead of gradients; the average is state, so a scan, mesh or checkpoint carries it.
+    As `optax.ema`, but on params instead of gradients. The average is state, so a scan, mesh or checkpoint carries it.
     """
     EMA_STEP.unless(is_function(step), step=step)
     DECAY.unless(callable(decay) or _is_fraction(decay), decay_of(decay))

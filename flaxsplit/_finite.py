@@ -1,4 +1,4 @@
-"""A step that is not taken where its numbers are not finite."""
+"""A step that is not taken if its numbers are not finite."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ KEYS = "state/rngs/*"
 
 @checked
 def skip_nonfinite(step: CarryStepT, *, moving: str | Sequence[str] = ()) -> CarryStepT:
-    """Takes a step only where what comes out is finite; else the old carry is kept, whole, with fresh keys.
+    """Takes a step only if its results are finite; else keeps the whole old carry, with fresh keys.
 
-    Law: equals `step` where the new carry and the loss are finite (to the last bit as far as XLA fuses both alike);
-    else gives the old carry, but for `state['rngs']` and what `moving` names, and `out` as it came.
+    Law: if the new carry and the loss are finite, equals `step` (bit for bit, as far as XLA fuses both alike). If not,
+    returns the old carry, except `state['rngs']` and the leaves of `moving`, and `out` unchanged.
 
     >>> import jax.numpy as jnp, optax, flaxsplit as fs
     >>> loss_fn = lambda params, state, batch: (jnp.sum(params["w"] * batch), state)
@@ -36,21 +36,22 @@ def skip_nonfinite(step: CarryStepT, *, moving: str | Sequence[str] = ()) -> Car
     (0, [1.0, 1.0], nan)
 
     Args:
-        step: a step over a `Carry`, its gradients averaged already: the outermost but for `scan_steps` and `jit_step`.
-        moving: what moves all the same, such as a loss scale: a glob on the `/`-joined path in the carry, or several:
-            `"state/extra/scale/*"`.
+        step: a step over a `Carry` that averages its gradients itself. Only `scan_steps` and `jit_step` go outside.
+        moving: leaves that change even if the step is not taken, such as a loss scale: one or several globs on the
+            `/`-joined path in the carry, `"state/extra/scale/*"`.
 
     Returns:
         A step with the same `out`. `carry.step` counts the steps that were taken.
 
     Raises:
-        SignatureError: `moving` is no glob.
+        SignatureError: `moving` is not a glob.
         CollectionError: a glob matches nothing.
 
-    As `optax.apply_if_finite`, but of the whole carry: batch statistics, averages and moments too, and for good. So a
-    bad batch costs one step and not the run. What was not finite before the step, such as a best loss that begins at
-    infinity, is not looked at. Under `jax.shard_map` all devices take a step or none does, each having seen its own
-    part of the carry; with `check_vma=False` JAX does not say what is in parts, and the loss must tell it to all.
+    As `optax.apply_if_finite`, but for the whole carry: also batch statistics, averages and moments, and without a
+    limit. A bad batch costs one step, not the run. Leaves that were not finite before the step, such as a best loss
+    that starts at infinity, are not checked. Under `jax.shard_map` either all devices take a step or none, after each
+    checked its own part of the carry. With `check_vma=False` JAX does not know what is in parts, so all devices must
+    have the same loss, averaged.
     """
     FINITE_STEP.unless(is_function(step), step=step)
     globs: Any = (moving,) if isinstance(moving, str) else moving

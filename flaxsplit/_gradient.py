@@ -73,23 +73,23 @@ def value_and_grad(
     Args:
         loss_fn: `(params, state, batch, *args, **kwargs) -> (loss, new_state)`, the loss a real scalar.
         has_aux: whether `loss_fn` returns `((loss, aux), new_state)`; the value is then `(loss, aux)`.
-        microbatches: accumulates the mean gradient over so many parts of the batch, one after another, threading the
-            state. Part `i` of `n` has the rows `i, i + n, i + 2n, ...`, so that on a mesh each device keeps its own.
-            Losses are averaged; `aux` comes out stacked, as from `jax.lax.scan`. Further arguments are not split. This
-            is the whole batch where the loss is a mean over rows, and only then: for a mean over what a mask leaves,
-            pass its count over the whole batch after the batch, and return `n * sum / count` of each part.
+        microbatches: the number of parts of the batch. It accumulates the mean gradient over them, one after another,
+            and threads the state. Part `i` of `n` has the rows `i, i + n, i + 2n, ...`, so on a mesh each device keeps
+            its own. Losses are averaged; `aux` is stacked, as by `jax.lax.scan`. Further arguments are not split. The
+            result equals the whole batch only if the loss is a mean over rows. For a mean over unmasked tokens, pass
+            their count over the whole batch after the batch, and return `n * sum / count` for each part.
         axis_name: averages value and gradients over this axis of an enclosing `shard_map`, `pmap` or `vmap`.
         overwrite: a collection of the state whose gradient is its new value: the scales and amax histories of fp8. It
-            is differentiated with the params, and joined over microbatches and devices by the elementwise maximum.
+            is differentiated with the params; microbatches and devices are joined by the elementwise maximum.
 
     Returns:
         A stateful function whose `out` is `(value, grads)`; `grads` is a tree like `params`.
 
     Raises:
-        SignatureError: `loss_fn` returns something else, a param is not differentiable, the batch is indivisible, or
-            `axis_name` is not bound.
-        StateDriftError: the state would come out in another structure, shape or dtype.
-        UnsyncedStateError: under `shard_map` a state leaf would come out different per device of `axis_name`.
+        SignatureError: `loss_fn` returns something else, a param is not differentiable, `microbatches` does not divide
+            the batch, or `axis_name` is not bound.
+        StateDriftError: the state would come out with another structure, shape or dtype.
+        UnsyncedStateError: under `shard_map` a state leaf would differ between the devices of `axis_name`.
 
     As `jax.value_and_grad`, but it threads the state.
     """

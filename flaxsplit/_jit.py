@@ -22,10 +22,10 @@ R = TypeVar("R")
 
 @checked
 def jit_step(step: Callable[P, R], *, like: Any = None, batch: Any = None, donate: bool = True) -> JittedStep[P, R]:
-    """Compiles a step, the carry donated.
+    """Compiles a step and donates the carry.
 
-    Law: equals `jax.jit(step, donate_argnums=0)`, and is the object that it returns: `.lower`, `.trace` and the C++
-    fast path are there.
+    Law: equals `jax.jit(step, donate_argnums=0)`, and returns its object: `.lower`, `.trace` and the C++ fast path are
+    there.
 
     >>> import jax.numpy as jnp, flaxsplit as fs
     >>> step = fs.jit_step(lambda carry, batch: (carry + batch, carry))
@@ -33,25 +33,25 @@ def jit_step(step: Callable[P, R], *, like: Any = None, batch: Any = None, donat
     Array([1., 1.], dtype=float32)
 
     Args:
-        step: a function of a carry and any further arguments; the carry is any pytree: a `Carry`, a `TrainState`. It
-            returns the new carry, alone or first in a tuple.
-        like: a carry whose shardings the carry that comes out is to have, so that on a mesh the second call hits the
-            first call's executable. On one device all arguments are pinned to it: whether they are committed, as after
-            `jax.device_put`, no longer matters; without `like` JAX compiles once for each mixture of these. Arguments
-            then go by position, since `jax.jit` pins none by name; those of a step that takes some by name alone are
-            not pinned. A number, such as the `step` of a `TrainState`, may come out anywhere.
-        batch: where the batch goes, which is the second argument: a sharding, or a tree of them that the batch's
-            structure begins with, None where JAX may choose. One from a loader is then cut over the mesh as it
-            arrives; without `batch` every device gets, and computes, all of it.
-        donate: whether the carry's buffers are reused. A carry can then be passed once: a second time JAX says
-            in its own words that it was deleted, since nothing of ours runs at a dispatch.
+        step: a function of a carry and any further arguments. The carry is any pytree: a `Carry`, a `TrainState`. The
+            step returns the new carry, alone or first in a tuple.
+        like: a carry. The output carry gets its shardings, so that on a mesh the second call reuses the first call's
+            executable. On one device all arguments are pinned to it, so it no longer matters whether they are
+            committed, as after `jax.device_put`; without `like` JAX compiles once for each mixture. Pass arguments by
+            position then, since `jax.jit` pins none by name; if the step takes some by name only, they are not
+            pinned. A number, such as the `step` of a `TrainState`, may come out anywhere.
+        batch: the sharding of the batch, the second argument: one sharding, or a tree prefix of shardings, with None
+            where JAX may choose. A batch from a loader is then split over the mesh as it arrives. Without `batch`
+            every device gets all of it and computes all of it.
+        donate: whether the carry's buffers are reused. A carry can then be passed once. A second time JAX says in its
+            own words that it was deleted, since nothing of ours runs at a dispatch.
 
     Returns:
         The compiled step.
 
     Raises:
-        SignatureError: a leaf of `like` has no sharding, or the step returns no carry like it; a leaf of the batch is
-            not divided by the mesh axes that `batch` says.
+        SignatureError: a leaf of `like` has no sharding, or the step returns another kind of carry; or the mesh axes of
+            `batch` do not divide a leaf of the batch.
     """
     JIT_STEP.unless(is_function(step), step=step)
     PLACES.unless_all(_is_sharding, batch, "batch")

@@ -108,10 +108,10 @@ def with_mutable(
         fn: a Linen module (its `__call__` signature is kept), `module.apply`, what `nn.apply` returns, or a function of
             that form: `fn(variables, *args, mutable=..., **kwargs) -> (out, updated)`.
         method: the module's method to run instead of `__call__`; also its signature is kept.
-        mutable: by default every collection in `state` but `'params'`, `'rngs'`, `'ema'` and `'extra'`, which is the
-            caller's own, any tree; else one of Flax's own collection filters (a name, names, `DenyList`, a bool),
-            which choose among the same. `False` reads only.
-        capture: sown collections to hand out; `out` becomes `(out, {collection: tree})`. They never enter the state.
+        mutable: by default every collection in `state` except `'params'`, `'rngs'`, `'ema'` and `'extra'` (the caller's
+            own tree). Otherwise one of Flax's own collection filters (a name, names, `DenyList`, a bool), which
+            chooses among these. `False` reads only.
+        capture: sown collections to return; `out` becomes `(out, {collection: tree})`. They never enter the state.
 
     Returns:
         A stateful function. `new_state` has the collections of `state`.
@@ -122,10 +122,10 @@ def with_mutable(
 
     Warns:
         UntouchedStateWarning: the model reads mutable collections and no leaf of any was written (`train=True`
-            forgotten?), or layers with batch statistics wrote none, while others wrote theirs. Silent where the params
-            of a layer are frozen; layers are not looked at where `mutable` names what is written.
+            forgotten?), or some layers with batch statistics wrote none, while others wrote theirs. It does not warn
+            of a layer with frozen params; it does not check single layers if `mutable` names what is written.
 
-    As `flax.linen.Module.apply`, but pure in `(params, state)` and of one return form.
+    As `flax.linen.Module.apply`, but pure in `(params, state)`, and with one return form.
     """
     MODEL.unless(isinstance(fn, nn.Module) or _is_apply(fn), fn)
     _check_options(fn, method, mutable, capture)

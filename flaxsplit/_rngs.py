@@ -1,4 +1,4 @@
-"""PRNG streams are state: drawn from at each call, advanced with the rest."""
+"""PRNG streams are state: each call draws from them and advances them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -30,10 +30,10 @@ def rng_state(**keys: PRNGKey) -> State:
         keys: one PRNG key per stream, typed or legacy uint32.
 
     Returns:
-        `{'rngs': {stream: key}}`, to be merged into the state: `state | rng_state(dropout=key)`.
+        `{'rngs': {stream: key}}`; merge it into the state: `state | rng_state(dropout=key)`.
 
     Raises:
-        SignatureError: what was given is not a key.
+        SignatureError: a value is not a key.
     """
     wrong = [name for name, key in keys.items() if not _is_key(key)]
     KEYS.unless(keys and not wrong, keys, wrong)
@@ -66,17 +66,17 @@ def with_rngs(fn: StatefulT, *, axis_name: AxisName | None = None) -> StatefulT:
 
     Args:
         fn: a stateful function that takes `rngs=`.
-        axis_name: draws other keys at each place along this axis of an enclosing `shard_map`, from one stream for all:
-            without it, every device of a `shard_map` draws the same masks.
+        axis_name: each device along this axis of an enclosing `shard_map` draws its own keys, from one stream. Without
+            it, every device draws the same masks.
 
     Returns:
-        The stateful function without `rngs=`; around `vmap_stateful` it gives every lane its own keys.
+        The stateful function without `rngs=`. Around `vmap_stateful`, each lane gets its own keys.
 
     Raises:
         CollectionError: the state has no `'rngs'`.
-        SignatureError: `rngs=` was passed by hand too, or `axis_name` is not bound.
+        SignatureError: `rngs=` was also passed by hand, or `axis_name` is not bound.
 
-    As Flax's `rngs=` argument, but the keys live in the carry, so that a checkpoint and a scan continue the streams.
+    As Flax's `rngs=` argument, but the keys are in the carry, so a checkpoint and a scan continue the streams.
     """
     RNGS_FN.unless(is_function(fn), fn=fn)
 

@@ -33,11 +33,11 @@ def scan_steps(step: StepT, *, unroll: int = 1) -> StepT:
         unroll: as in `jax.lax.scan`.
 
     Returns:
-        A step over stacked batches; see `stack_batches`. Further arguments go to each step as they are.
+        A step over stacked batches; see `stack_batches`. It passes further arguments to each step as they are.
 
     Raises:
-        SignatureError: the batches' leading axes differ, or an out is no array.
-        StateDriftError: the carry comes out in another structure, shape or dtype.
+        SignatureError: the batches' leading axes differ, or an output is not an array.
+        StateDriftError: the carry comes out with another structure, shape or dtype.
     """
     SCAN_STEP.unless(is_function(step), step=step)
     if not isinstance(unroll, bool):
@@ -66,7 +66,7 @@ def _have_one_axis(batches: Any) -> bool:
 def stack_batches(batches: Iterable[BatchT], size: int) -> Iterator[BatchT]:
     """Stacks batches from any iterable, `size` at a time, for `scan_steps`.
 
-    Law: `[b for stack in stack_batches(batches, n) for b in unstacked(stack)] == list(batches)`: none is lost.
+    Law: `[b for stack in stack_batches(batches, n) for b in unstacked(stack)] == list(batches)`: no batch is lost.
 
     >>> import numpy as np, flaxsplit as fs
     >>> ragged = [np.zeros((4, 2)), np.zeros((4, 2)), np.zeros((4, 2)), np.zeros((1, 2))]
@@ -74,14 +74,14 @@ def stack_batches(batches: Iterable[BatchT], size: int) -> Iterator[BatchT]:
     [(2, 4, 2), (1, 4, 2), (1, 1, 2)]
 
     Args:
-        batches: an iterable of batches; read lazily, so it may be endless.
-        size: how many to stack.
+        batches: an iterable of batches; it is read lazily, so it may be endless.
+        size: the number of batches in a stack.
 
     Yields:
-        Stacks of `size` batches; fewer at the end, and where the next batch has another shape (the ragged end).
+        Stacks of `size` batches; fewer at the end, or if the next batch has another shape.
 
     Raises:
-        SignatureError: `batches` cannot be iterated, or is one batch; `size` is not a whole number of at least 1.
+        SignatureError: `batches` cannot be iterated, or is one batch; `size` is not an integer of at least 1.
     """
     given: Any = batches
     BATCHES.unless(isinstance(given, Iterable) and not isinstance(given, Mapping | str | type), batches=given)

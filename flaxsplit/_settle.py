@@ -1,4 +1,4 @@
-"""Bring a state to the fixed point of a function's shapes, so that the first step compiles the last time."""
+"""Bring a state to the fixed point of a function's shapes, so that the first compile is the last."""
 
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, overload
@@ -33,10 +33,10 @@ def settle_state(  # type: ignore[overload-cannot-match]  # to mypy P is broader
 def settle_state(
     fn: Callable[..., tuple[Any, Any]], params: AnyParams, state: Tree, /, *args: Any, **kwargs: Any
 ) -> State:
-    """Gives the state whose structure, shapes and dtypes `fn` returns unchanged.
+    """Finds the state whose structure, shapes and dtypes `fn` does not change.
 
     Law: `jax.eval_shape(fn, params, settled, *args)[1]` has the shapes and dtypes of `settled`; a settled state is
-    returned as it is. Found by `jax.eval_shape` alone: no FLOP is spent, and abstract values do.
+    returned as it is. It uses only `jax.eval_shape`: it runs nothing, and takes abstract values.
 
     >>> import jax.numpy as jnp, flaxsplit as fs
     >>> fn = lambda params, state, x: (x, {"stats": {"mean": x.mean(0, keepdims=True)}})
@@ -47,15 +47,15 @@ def settle_state(
         fn: a stateful function.
         params: its params; arrays or `jax.ShapeDtypeStruct`.
         state: the state to start from.
-        args: the rest of a call; arrays are traced, everything else is static.
-        kwargs: likewise.
+        args: the other arguments of a call; arrays are traced, everything else is static.
+        kwargs: the same, by name.
 
     Returns:
         The state, its leaves broadcast or cast.
 
     Raises:
-        SignatureError: `fn` is no function, a leaf is no array, or a whole number is beyond JAX's bits.
-        StateDriftError: structure changes, shapes grow for ever, or a leaf cannot be broadcast to what comes out.
+        SignatureError: `fn` is not a function, a leaf is not an array, or an integer is too large for JAX's dtype.
+        StateDriftError: the structure changes, shapes grow at each call, or a leaf cannot be broadcast to the output.
     """
     return _settled(fn, params, state, args, kwargs)
 

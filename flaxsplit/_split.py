@@ -18,7 +18,7 @@ def split_params(variables: Tree, *, trainable: Trainable | None = None) -> tupl
     """Splits variables into the params to optimize and the state, which is everything else.
 
     Law: `merge_state(*split_params(variables, trainable=t)) == variables`, leaf for leaf, for every `t`.
-    Equals `variables.pop('params')` where every param is trainable.
+    Equals `variables.pop('params')` if every param is trainable.
 
     >>> import jax, flax.linen as nn, flaxsplit as fs
     >>> variables = nn.Sequential([nn.Dense(4), nn.Dense(2)]).init(jax.random.key(0), jax.numpy.ones(3))
@@ -29,17 +29,17 @@ def split_params(variables: Tree, *, trainable: Trainable | None = None) -> tupl
     Args:
         variables: Flax's whole mapping, `{collection: tree}`: dict, FrozenDict or any Mapping. Boxes stay boxed.
         trainable: the params to optimize; all by default. A glob on the `/`-joined path (`*` crosses `/`), a predicate
-            `(path, leaf) -> bool`, a tree of bools (one may stand for a branch), or a list of these: any of them. A
-            param that is a list or a dataclass of arrays is chosen whole by its own path, and by `blocks/0` in part.
+            `(path, leaf) -> bool`, a tree of bools (one may stand for a branch), or a list of these, of which any may
+            match. The path of a list or a dataclass of arrays chooses it whole; `blocks/0` chooses a part.
 
     Returns:
-        `(params, state)`, plain nested dicts. What `trainable` does not choose is in `state['params']`. A list or a
-            dataclass that is chosen in part is in both, with None where a leaf is in the other.
+        `(params, state)`, plain nested dicts. Params that `trainable` does not choose are in `state['params']`. A list
+            or a dataclass that is chosen in part is in both, with None for each leaf of the other half.
 
     Raises:
-        CollectionError: there is no `'params'`, it is doubled, or a filter matches nothing.
+        CollectionError: `'params'` is missing or nested twice, or a filter matches nothing.
 
-    As `equinox.partition`, but by path, into halves without holes, and failing on a filter that matches nothing.
+    As `equinox.partition`, but by path, into halves without holes; a filter that matches nothing is an error.
     """
     tree = _params_of(variables)
     leaves = dict(flatten(tree))
@@ -53,7 +53,7 @@ def split_params(variables: Tree, *, trainable: Trainable | None = None) -> tupl
 def merge_state(params: AnyParams, state: Tree) -> Variables:
     """Puts params and state together into Flax's variables.
 
-    Law: the inverse of `split_params`. Equals `{"params": params, **state}` where no param is frozen.
+    Law: the inverse of `split_params`. Equals `{"params": params, **state}` if no param is frozen.
 
     >>> import flaxsplit as fs
     >>> fs.merge_state({"head": {"w": 1}}, {"params": {"body": {"w": 2}}, "batch_stats": {}})
@@ -67,9 +67,9 @@ def merge_state(params: AnyParams, state: Tree) -> Variables:
         `{collection: tree}` in plain dicts, the two parts of `'params'` joined.
 
     Raises:
-        CollectionError: a param is in both halves, variables came where params are wanted, or the two are swapped.
+        CollectionError: a param is in both halves, whole variables came in the place of params, or the two are swapped.
 
-    As `{**params, **state}`, but overlap is an error and not a silent choice.
+    As `{**params, **state}`, but overlap is an error, not a silent choice.
     """
     check_halves("merge_state(params, state)", params, state)
     frozen, trained = dict(flatten(state.get("params", {}))), dict(flatten(params))

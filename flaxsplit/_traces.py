@@ -1,4 +1,4 @@
-"""Seeing what the compiler does: how often a function is traced and compiled, and why again."""
+"""See what the compiler does: how often a function is traced and compiled, and what changed."""
 
 import functools
 import inspect
@@ -26,10 +26,10 @@ _CONFIG: Any = jax.config  # its flags are attributes that no checker sees
 
 @checked
 def assert_max_traces(fn: Callable[P, R], max_traces: int = 1) -> Callable[P, R]:
-    """Fails where `fn` is traced more than `max_traces` times, with a table of what changed.
+    """Raises an error if `fn` is traced more than `max_traces` times, with a table of what changed.
 
-    Law: `jit_step(assert_max_traces(step))` computes what `jit_step(step)` does, for the same time: the count is kept
-    while tracing, and nothing of it is compiled. Under `jax.disable_jit` a call is no trace, and is not counted.
+    Law: `jit_step(assert_max_traces(step))` computes what `jit_step(step)` does, in the same time: it counts while
+    tracing, and adds nothing to the compiled step. Under `jax.disable_jit` nothing is traced or counted.
 
     >>> import jax, jax.numpy as jnp, flaxsplit as fs
     >>> double = jax.jit(fs.assert_max_traces(lambda x: 2 * x))
@@ -37,14 +37,14 @@ def assert_max_traces(fn: Callable[P, R], max_traces: int = 1) -> Callable[P, R]
     ((3,), (3,))
 
     Args:
-        fn: a function that is going to be jitted.
-        max_traces: how many traces are due: one for each signature that is meant.
+        fn: the function to jit.
+        max_traces: how many traces are allowed: one for each signature that you need.
 
     Returns:
-        `fn`, counted.
+        `fn`, with its traces counted.
 
     Raises:
-        RetraceError: one trace more; names each leaf and static value that changed against the nearest earlier trace.
+        RetraceError: at one trace more; names each leaf and static value that differs from the nearest earlier trace.
 
     As `chex.assert_max_traces`, but it says why.
     """
@@ -103,7 +103,7 @@ class CompileLog:
 def compile_log() -> Generator[CompileLog, None, None]:
     """Counts traces and backend compiles, by function, with seconds.
 
-    Law: `log.compiles` is what XLA was asked for between enter and exit, by any thread; logs may be nested.
+    Law: `log.compiles` counts the compiles between enter and exit, of any thread; logs may be nested.
 
     >>> import jax, jax.numpy as jnp, flaxsplit as fs
     >>> def double(x):
@@ -116,8 +116,8 @@ def compile_log() -> Generator[CompileLog, None, None]:
     Yields:
         A `CompileLog`, filled while open and kept afterwards. `print(log)` shows a table.
 
-    From `jax.monitoring`: nothing is patched, and a dispatch that compiles nothing does not pass here. JAX says the
-    names: of a function under `jax.pmap` it says `_fun`.
+    It reads `jax.monitoring`: it patches nothing, and does not run at a dispatch that compiles nothing. The names are
+    JAX's: for a function under `jax.pmap` the name is `_fun`.
     """
     log, lock, open_ = CompileLog(), threading.Lock(), threading.Event()
     open_.set()

@@ -1,10 +1,10 @@
-"""The contract: what a combinator takes and what it gives back. Nothing here has logic.
+"""The contract: what a combinator takes and what it returns. Nothing here has logic.
 
-Trees have plain aliases (a static checker cannot see into `PyTree[...]`); array leaves are said with jaxtyping.
-`Params` and `State` are aliases and not `NewType`s, so that `state | {...}` and what optax returns stay free of errors.
+Trees have plain aliases, because a static checker cannot see into `PyTree[...]`; jaxtyping describes array leaves.
+`Params` and `State` are aliases, not `NewType`s, so that `state | {...}` and the results of optax stay free of errors.
 
-Public protocols have `params`, `batch` and the like by position only where a user's function names them, and their
-type parameters in the order in which they are seldom left out: `Step[Batch, Out]`.
+Public protocols take `params`, `batch` and the like by position only, since a user's function names them. Their type
+parameters stand in the order of use, the most often needed first: `Step[Batch, Out]`.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -59,13 +59,13 @@ legacy uint32 one: both work everywhere.
 
 
 class HostArray(Protocol):
-    """A NumPy array, told by what no JAX array has: it can be filled."""
+    """A NumPy array, recognised by a method that no JAX array has: it can be filled."""
 
     def fill(self, value: Any, /) -> None: ...
 
 
 class AbstractArray(Protocol):
-    """A `jax.ShapeDtypeStruct`, told by what no array has: it can be copied with another shape."""
+    """A `jax.ShapeDtypeStruct`, recognised by a method that no array has: it can be copied with another shape."""
 
     @property
     def shape(self) -> Any: ...
@@ -89,15 +89,15 @@ AxisName: TypeAlias = str | tuple[str, ...]
 
 
 class Carry(NamedTuple):
-    """What a step threads: `carry = step(carry, batch)[0]`.
+    """Everything that a step changes: `carry = step(carry, batch)[0]`.
 
-    A named tuple, because JAX takes one apart in C++ at every dispatch. `carry._replace(state=...)` gives another.
+    A named tuple, because JAX flattens one in C++ at every dispatch. `carry._replace(state=...)` returns another.
 
     Attributes:
-        step: how many optimizer updates have been done; a scalar int32.
+        step: the number of optimizer updates so far; a scalar int32.
         params: the tree that the optimizer updates, and nothing else.
         state: everything else that is carried, `{collection: tree}`.
-        opt_state: what `tx.init(params)` gave.
+        opt_state: the optimizer's state, from `tx.init(params)`.
     """
 
     step: Int[Array, ""]
@@ -191,7 +191,7 @@ class Step(Protocol[BatchT_contra, OutT_co, RestP, CarryT]):
 
 
 class HostStep(Protocol[BatchT_contra, OutT_co, RestP]):
-    """A `Step` over a `Carry` that takes batches of NumPy arrays, too, whatever its loss function says of the batch."""
+    """A `Step` over a `Carry` that also takes batches of NumPy arrays, whatever the loss function says of the batch."""
 
     @property
     def __name__(self) -> str: ...

@@ -36,17 +36,17 @@ def apply_gradients(tx: Transformation, carry: Carry, grads: Any, new_state: Sta
 
     Args:
         tx: the optax transformation that the carry was made with.
-        carry: what the step was given.
+        carry: the carry that the step was given.
         grads: a tree like `carry.params`, as from `value_and_grad`; under `optax.lookahead` like `carry.params.fast`.
             Those of complex params are conjugated here, since optax wants what JAX's gradient is the conjugate of.
         new_state: the state that came with the gradients.
-        extra: optax's extra arguments (`value=loss`, ...), handed over as far as `tx.update` takes them.
+        extra: optax's extra arguments (`value=loss`, ...); `tx.update` gets those that it takes.
 
     Returns:
         The next carry.
 
     Raises:
-        SignatureError: `grads` are no tree like the params, or the carry was made for another optimizer.
+        SignatureError: `grads` is not a tree like the params, or the carry was made for another optimizer.
         StateDriftError: state, params or opt_state would come out in another structure, shape or dtype.
         UntouchedStateWarning: fp8 scales in the state come back as they were: they were not overwritten.
 
@@ -129,7 +129,7 @@ def with_optimizer(
         StateDriftError: state, params or opt_state would come out in another structure, shape or dtype.
         UnsyncedStateError: under `shard_map` a state leaf would come out different per device of `axis_name`.
 
-    As the update step of Flax's guide on managing params and state, in one word.
+    As the update step of Flax's guide on managing params and state, in one call.
     """
     check_tx("with_optimizer(loss_fn, tx)", tx)
     options: Any = {"has_aux": has_aux, "microbatches": microbatches, "axis_name": axis_name}

@@ -34,10 +34,10 @@ def vmap_stateful(
     axis_size: int | None = None,
     spmd_axis_name: str | tuple[str, ...] | None = None,
 ) -> StatefulT:
-    """Maps a stateful function over its `*args`; state that no axis is given for goes in and comes out unbatched.
+    """Maps a stateful function over its `*args`; state without an axis goes in and comes out unbatched.
 
-    Law: with a model that syncs over `axis_name`, equals the same model, without it, on the whole batch.
-    Equals `jax.vmap(fn, in_axes=(None, None, 0, ...), out_axes=(0, None), axis_name="batch")` where there are no rngs.
+    Law: with a model that averages over `axis_name`, equals the same model, without it, on the whole batch.
+    Equals `jax.vmap(fn, in_axes=(None, None, 0, ...), out_axes=(0, None), axis_name="batch")` if there are no rngs.
 
     >>> import jax, flax.linen as nn, flaxsplit as fs
     >>> model = nn.BatchNorm(use_running_average=False, axis_name="batch")
@@ -49,24 +49,24 @@ def vmap_stateful(
 
     Args:
         fn: a stateful function over one example.
-        in_axes: as in `jax.vmap`, for `*args` alone. Keyword arguments are not mapped.
-        out_axes: as in `jax.vmap`, for `out` alone.
-        axis_name: what collectives such as `nn.BatchNorm(axis_name=...)` call the mapped axis.
+        in_axes: as in `jax.vmap`, for `*args` only. Keyword arguments are not mapped.
+        out_axes: as in `jax.vmap`, for `out` only.
+        axis_name: the name of the mapped axis for collectives such as `nn.BatchNorm(axis_name=...)`.
         params_axes: axes of the params, for ensembles; shared by default.
-        state_axes: `{collection: axes}`, as `variable_axes` of `nn.vmap`; what is not named is shared.
+        state_axes: `{collection: axes}`, as `variable_axes` of `nn.vmap`; collections without an axis are shared.
         split_rngs: whether lanes draw different keys, for all streams or by stream.
-        axis_size: the number of lanes, where no argument tells.
+        axis_size: the number of lanes, if no argument has it.
         spmd_axis_name: as in `jax.vmap`.
 
     Returns:
         A stateful function over the batch.
 
     Raises:
-        UnsyncedStateError: a shared leaf came out different per lane; names it.
+        UnsyncedStateError: a shared leaf came out different per lane; the message names it.
         SignatureError: batch sizes differ, nothing is mapped, or `axis_name` is bound already.
         CollectionError: `state_axes` or `split_rngs` names a collection or stream that is not there.
 
-    As `jax.vmap`, but it knows params, state and rngs apart.
+    As `jax.vmap`, but it treats params, state and rngs each in its own way.
     """
     VMAP_FN.unless(is_function(fn), fn=fn)
     _check_options(axis_name, state_axes, split_rngs, axis_size, spmd_axis_name)

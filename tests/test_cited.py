@@ -68,7 +68,8 @@ def test_flax_1432_named_tuples_that_come_back_as_dicts_compile_nothing() -> Non
     carry, _ = step(fs.init_carry({"w": jnp.ones((4, 2))}, {}, TX), jnp.ones((8, 4)))
     restored: Any = serialization.msgpack_restore(serialization.to_bytes(carry._asdict()))
     like = fs.init_carry({"w": jnp.ones((4, 2))}, {}, TX)
-    assert jax.tree.structure(restored) != jax.tree.structure(like._asdict())
+    assert isinstance(restored["opt_state"], dict)
+    assert isinstance(like.opt_state, tuple)
     carry, _ = step(fs.adopt_carry(restored, like), jnp.ones((8, 4)))
     assert int(carry.step) == 2
 
@@ -122,9 +123,9 @@ def test_axlearn_993_microbatches_keep_each_device_its_own_rows() -> None:
     carry = fs.init_carry({"w": jnp.ones((4, 2))}, {}, TX, sharding=whole)
     batch = jax.ShapeDtypeStruct((64, 4), jnp.float32, sharding=cut)
 
-    def by_hand(carry: fs.Carry, batch: jax.Array) -> jax.Array:
+    def by_hand(carry: fs.Carry, batch: jax.Array) -> Any:
         parts = batch.reshape(4, 16, 4)  # blocks of rows: a part lies on two of the eight devices
-        return jax.lax.scan(lambda total, part: (total + mean_square(carry.params, {}, part)[0], None), 0.0, parts)[0]
+        return jax.lax.map(lambda part: mean_square(carry.params, {}, part)[0], parts).mean()
 
     def rows(step: Any) -> set[int]:
         """Of each product with the weights, as a device computes it."""

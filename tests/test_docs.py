@@ -12,7 +12,7 @@ import nbformat
 import pytest
 
 import flaxsplit as fs
-from tools import notebook, pictures, trust
+from tools import notebook, pictures, reference, trust
 
 from .flags import needs_donation, needs_jit, needs_promotion, needs_x32
 
@@ -85,6 +85,16 @@ def test_a_notebook_is_its_page_and_runs(page: pathlib.Path) -> None:
 
 def test_what_is_told_of_trust_is_stored() -> None:
     assert trust.PAGE.read_text() == trust.page()
+
+
+def test_the_reference_is_what_the_docstrings_say() -> None:
+    text = reference.PAGE.read_text()
+    assert text == reference.page()
+    named = re.findall(r"^## \[(\w+)\]", text, re.MULTILINE)
+    assert sorted(named) == [name for name, _ in inspect.getmembers(fs, inspect.isfunction) if name[0] != "_"]
+    for name in named:
+        part = text.split(f"## [{name}]")[1].split("\n## ")[0]
+        assert set(inspect.signature(getattr(fs, name)).parameters) <= set(re.findall(r"\w+", part)), name
 
 
 def test_each_combinator_has_a_page_and_a_picture() -> None:

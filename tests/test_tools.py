@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks._measure import about
-from tools import audit, dist, floors, mutants, newest, record, trust
+from tools import audit, dist, floors, mutants, newest, readability, record, release, trust
 
 PYPROJECT = """
 [project]
@@ -21,6 +21,8 @@ optional-dependencies = { test = ["pytest>=8.2"] }
 """
 PACKAGE = ["flaxsplit/__init__.py", "flaxsplit/_step.py", "flaxsplit/py.typed"]
 ABOUT = [f"flaxsplit-0.1.0.dist-info/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")]
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 CLEAN = {"name": "jax", "version": "0.10.2", "vulns": []}
 BAD = {"name": "numpy", "version": "1.0", "vulns": [{"id": "PYSEC-1"}]}
@@ -171,3 +173,42 @@ def test_each_survivor_has_one_reason(tmp_path: pathlib.Path, monkeypatch: pytes
     for wrong in ([], [other.name], [mutant.name, other.name], [mutant.name, mutant.name]):
         with pytest.raises(SystemExit, match="each survivor needs one reason"):
             rows(*wrong)
+
+
+READY = {
+    "pyproject": '[project]\nversion = "0.3.0"\n',
+    "package": '__version__ = "0.3.0"\n',
+    "changelog": "# Changelog\n\n## [Unreleased]\n\n## [0.3.0] - 2027-01-02\n\n- New.\n\n## [0.2.0] - 2026-12-01\n",
+    "readme": "Beta, version 0.3.0, and so on.\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "old", "new", "said"),
+    [
+        ("changelog", "", "", []),
+        ("changelog", "0.3.0", "0.2.9", ["CHANGELOG.md: no section '## [0.3.0] - YYYY-MM-DD'; rename Unreleased"]),
+        ("changelog", " - 2027-01-02", "", ["CHANGELOG.md: no section '## [0.3.0] - YYYY-MM-DD'; rename Unreleased"]),
+        ("changelog", "- New.", "", ["CHANGELOG.md: nothing under 0.3.0"]),
+        ("changelog", "[Unreleased]", "[Unreleased]\n\n- Left.", ["CHANGELOG.md: entries are left under Unreleased"]),
+        ("package", "0.3.0", "0.2.0", ["flaxsplit/__init__.py: __version__ is not 0.3.0"]),
+        ("readme", "0.3.0", "0.2.0", ["README.md: does not say version 0.3.0"]),
+    ],
+    ids=["ready", "no section", "no date", "empty", "left", "package", "readme"],
+)
+def test_a_release_waits_for_its_texts(text: str, old: str, new: str, said: list[str]) -> None:
+    assert release.findings(**(READY | {text: READY[text].replace(old, new)})) == said
+
+
+def test_the_readme_is_one_program() -> None:
+    code = release.program((ROOT / "README.md").read_text())
+    compile(code, "README.md", "exec")
+    assert code.count("fs.jit_step(") == 2
+
+
+def test_sentences_are_found_in_a_page() -> None:
+    page = "# A title\n\nThe step is compiled by `jit_step`. It [runs](x.md) once:\n\n```py\nno code here\n```\n\n"
+    page += "| no | table |\n\n- a list entry\n"
+    found = readability.sentences(readability.prose(page))
+    assert found == ["The step is compiled by code.", "It runs once:", "a list entry"]
+    assert [bool(readability.PASSIVE.search(each)) for each in found] == [True, False, False]

@@ -16,7 +16,7 @@ HEAD = "# API\n\nEvery public name, in the order in which a training loop meets 
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages, and the pictures of the report."""
-    readme = (ROOT / "README.md").read_text().replace("](docs/", "](")
+    readme = (ROOT / "README.md").read_text().replace("](docs/reference.md", "](api.md").replace("](docs/", "](")
     files.append(File.generated(config, "index.md", content=readme))
     files.append(File.generated(config, "CHANGELOG.md", abs_src_path=str(ROOT / "CHANGELOG.md")))
     files.append(File.generated(config, "api.md", content=api(readme)))

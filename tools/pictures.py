@@ -1,8 +1,8 @@
 """Draws `docs/carry.svg` and `docs/combinators/*.svg` with `--write`; without, fails if a picture differs.
 
 The first is the README's: the carry goes round. The others show each combinator: what goes in, what is called, what
-comes out. Rows of boxes lie below each other. A box is `label / small print`; a function stands in brackets; what
-follows a `#` tells equal labels apart, and alone keeps room.
+comes out. Rows of boxes lie below each other. A box is `label / small print`; a function stands in brackets; a `#` and
+what follows it tells equal labels apart, and alone keeps room.
 """
 
 import argparse

@@ -112,7 +112,7 @@ def mutants() -> list[str]:
         *rows,
         f"| all | {total} | {total - len(survived)} ({1 - len(survived) / total:.1%}) | {len(survived)} |",
         "",
-        "| explained | why the change is none |",
+        "| explained | why the result is equal |",
         "|---|---|",
         *(f"| {len(reason['mutants'])} | {reason['why']} |" for reason in reasons),
         "",
@@ -155,50 +155,50 @@ def tested(key: str, found: Any) -> str:
     return f"| {found['about']['python']} {end} | {versions} | {counted(key, found)} |"
 
 
-HEAD = "What was tried to break it, how often, and the command that tries again."
+HEAD = "How we tried to break flaxsplit, how often, and the command that repeats each test."
 FUZZ = """Hypothesis draws models (Dense, Conv, BatchNorm, Dropout, Embed, recurrent cells, attention with a cache, sown
 values, metadata, several dtypes; layers of NNX), optimizers, stacks of combinators and their options, and compares
 them with loops written by hand.
-Each test of the suite draws for a few seconds; a longer run is told of here."""
+Each test of the suite draws for a few seconds. The table shows a longer run."""
 VERSIONS = [
     "## Versions",
     "",
-    "The wheel, built from the sdist, in an environment of its own; the tests from outside the source tree.",
+    "Each row is the wheel, built from the sdist, in its own environment. The tests run from outside the source tree.",
     "",
     f"| Python | {' | '.join(LIBRARIES)} | passed | skipped |",
     "|---" * (len(LIBRARIES) + 3) + "|",
 ]
-RAN = """`make versions RECORD=tests/results/versions.json`; with `ONLY=3.12-newest`, that one. A test is skipped
-where that version of a library has not what it tests, or where it needs the sources of the package."""
+RAN = """`make versions RECORD=tests/results/versions.json` runs all; `ONLY=3.12-newest` runs one. A test is skipped if
+that version of a library lacks the feature, or if the test needs the sources of the package."""
 MUTANTS = [
     "## Changes of the package",
     "",
-    """cosmic-ray changes the package in one place at a time: a condition turned round, `and` for `or`, a number one
-more or less, a bound moved, a loop that never runs, an exception that is not caught, a decorator removed. Annotations
-are left to the type checkers. Each change that no test notices has its reason in `tests/survivors.toml`.""",
+    """cosmic-ray changes the package in one place at a time: it inverts a condition, swaps `and` and `or`, adds one
+to a number, moves a bound, empties a loop, stops catching an exception, removes a decorator. The type checkers check
+annotations. Each change that no test notices has its reason in `tests/survivors.toml`.""",
 ]
 FLAGS = [
     "## JAX's flags",
     "",
-    """All tests under each. One that cannot pass, such as a count of compiles where nothing is compiled, says why.
-Benchmarks are left out where a flag changes what they measure. The tests set `JAX_PLATFORMS=cpu` where nothing is said;
-where it is empty, JAX chooses.""",
+    """All tests run under each flag. A test that cannot pass under a flag is skipped with a reason, such as a count of
+compiles when nothing is compiled. Benchmarks are skipped if a flag changes what they measure. The tests set
+`JAX_PLATFORMS=cpu` unless it is set; if it is empty, JAX chooses.""",
     "",
     "| flag | passed | skipped |",
     "|---|---|---|",
 ]
 WRONG = ["## Wrong calls", ""]
-REST = """Which, argument by argument: [errors](errors.md). `make test` makes them all.
+REST = """[Errors](errors.md) lists them, argument by argument. `make test` runs them all.
 
 ## The rest
 
 - Every change runs the suite on the built wheel, on Python 3.11 with the oldest versions supported (`make lowest`) and
   on Python 3.12 with the newest of everything (`make newest`), and with every signature checked at run time
   (`make checked`). The wheel holds the package and its licence, file by file, and trains in an empty environment.
-- Nothing in the package opens a socket or a file, pickles or evaluates: its syntax is read for it, and an audit hook
+- Nothing in the package opens a socket or a file, pickles or evaluates. A test reads its syntax, and an audit hook
   watches it run (`tests/test_trust.py`). Two builds give the same wheel.
-- Known vulnerabilities of what is installed: `make audit`.
-- Every public signature is stored in `tests/api.txt`; one that changes fails the tests until the changelog tells of it.
+- `make audit` looks up known vulnerabilities of the installed packages.
+- `tests/api.txt` stores every public signature. A changed one fails the tests until the changelog mentions it.
 """
 
 

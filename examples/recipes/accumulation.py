@@ -1,8 +1,8 @@
 """Gradient accumulation.
 
 Inside a step: `with_optimizer(microbatches=4)` runs the batch in four parts, one after another, with the memory of
-one, and threads batch statistics and dropout keys through them. Across steps: `optax.MultiSteps` updates every second
-time, here over a `TrainState` of one's own, whose step `jit_step` compiles as well as any.
+one, and threads batch statistics and dropout keys through them. Across steps: `optax.MultiSteps` updates at every
+second call. Here the carry is a `TrainState`, which `jit_step` takes too.
 """
 
 from typing import Any

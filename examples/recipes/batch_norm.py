@@ -1,7 +1,7 @@
 """BatchNorm.
 
-Batch statistics are state: `with_mutable` hands them in and gives them back, `with_optimizer` threads them through
-the step. To evaluate, the same module is wrapped with `mutable=False`, and reads the statistics that training left.
+Batch statistics are state: `with_mutable` passes them to the model and returns the new ones, `with_optimizer` threads
+them through the step. To evaluate, wrap the same module with `mutable=False`; it reads the trained statistics.
 """
 
 from typing import Any

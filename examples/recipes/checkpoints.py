@@ -1,9 +1,8 @@
-"""Checkpoints that compile nothing anew.
+"""Checkpoints without a recompile.
 
 A carry is a pytree of arrays, so Orbax saves it whole: step count, params, batch statistics, keys, optimizer state.
-What comes back has other containers, and arrays that live elsewhere; `adopt_carry` checks every leaf against a carry
-that the step knows, by name, and makes it fit. Training goes on bit for bit, through the step that is compiled
-already.
+A restored checkpoint has other containers, and arrays in other places. `adopt_carry` compares every leaf with a carry
+of the step, by name, and converts it. Training continues bit for bit, with the step that is already compiled.
 """
 
 import pathlib

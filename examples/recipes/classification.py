@@ -1,8 +1,8 @@
 """Images from a loader, with metrics.
 
 A convolutional network with batch statistics and dropout. `stack_batches` takes batches from any iterator,
-`scan_steps` runs a stack of them in one dispatch, and `has_aux=True` lets the loss give metrics beside itself: they
-come out stacked, a row for each step.
+`scan_steps` runs a stack of them in one dispatch, and with `has_aux=True` the loss function also returns metrics. They
+come out stacked, one row per step.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """Two encoders, contrasted.
 
-Images and texts are encoded by two models into one space; params and state are trees, so those of both go into one
-dict each, beside a temperature that is learned with them, and one optimizer serves all. `vmap_stateful` maps the
-encoder of one image over the batch, with batch statistics over all of it.
+Two models encode images and texts into one space. Params and state are trees, so one dict holds those of both models
+and a learned temperature, and one optimizer updates all. `vmap_stateful` maps the encoder of one image over the batch,
+with batch statistics of the whole batch.
 """
 
 import functools

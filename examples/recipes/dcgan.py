@@ -1,8 +1,8 @@
 """A GAN of convolutions.
 
-Both networks have BatchNorm, and both losses run both networks; so each loss writes the statistics of both. The state
-of a loss is a mapping, and here it has two entries: the state of the generator and that of the discriminator. What
-comes back is split again: each player gets its own, and neither loss loses what the other network has learned.
+Both networks have BatchNorm, and both losses run both networks, so each loss writes the statistics of both. The state
+of a loss is a mapping; here it has two entries, the state of the generator and that of the discriminator. The new state
+is split again: each player gets its own part, and no loss drops the statistics of the other network.
 """
 
 from typing import Any, NamedTuple

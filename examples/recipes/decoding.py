@@ -1,8 +1,8 @@
 """Decoding with a cache.
 
-A causal language model is trained on whole sequences, then decodes token after token. The cache of keys and values is
-state, made by `settle_state` in the shapes that decoding keeps, threaded by `jax.lax.scan`; `mutable="cache"` says
-that nothing else may change.
+A causal language model is trained on whole sequences, then decodes token by token. The cache of keys and values is
+state. `settle_state` gives it the shapes that decoding keeps, `jax.lax.scan` threads it, and `mutable="cache"` keeps
+everything else fixed.
 """
 
 from typing import Any

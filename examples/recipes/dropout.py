@@ -1,8 +1,8 @@
 """Dropout, and its uncertainty.
 
-`rng_state` puts a key for each stream into the state; `with_rngs` splits it at each call and gives the rest back, so
-every step draws other masks and no loop carries keys about. Masks are drawn wherever `apply` is called: after
-training, many draws of one prediction tell how sure the network is (Monte Carlo dropout).
+`rng_state` puts a key for each stream into the state; `with_rngs` splits it at each call and returns the new key, so
+every step draws new masks and your loop handles no keys. `apply` draws masks after training too: many draws of one
+prediction show how sure the network is (Monte Carlo dropout).
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
 """Evaluating averaged weights.
 
-`with_ema` keeps an average in the state, beside what is trained, which stays as it was. With noisy gradients the
-average is the better model, long before the rate has decayed. Which batch statistics go with it? Those of the last
-step belong to other weights; they may be averaged alike, or computed anew by forward passes. All three are measured
-here, and on this small network they differ by less than averaging gains: try them on yours.
+`with_ema` keeps an average in the state and does not change the training. With noisy gradients the average is the
+better model, long before the learning rate has decayed. Which batch statistics belong to it? Those of the last step
+belong to other weights. You can average them too, or compute new ones by forward passes. This recipe measures all
+three. On this small network they differ by less than averaging gains; measure them on yours.
 """
 
 from typing import Any

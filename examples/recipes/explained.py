@@ -1,8 +1,8 @@
-"""A step that your CI looks at.
+"""A step that your CI checks.
 
-A test compiles the step of a training program on abstract arguments and asks that there is nothing to mend. It runs
-nothing, so it needs neither data nor an accelerator. The first version of the step has three faults, and each is named;
-the second has none.
+A test compiles the step of a training program on abstract arguments and asserts that there are no findings. It runs
+nothing, so it needs neither data nor an accelerator. The first version of the step has three faults, and the report
+names each; the second has none.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Fine-tuning.
 
-A pretrained body is frozen, a new head and the scales of its norm are trained. What `trainable` does not choose, by a
-glob on the path or by a predicate, is state: it has no gradient and no optimizer state, and `merge_state` puts it
-back where it was.
+The pretrained body is frozen; a new head and the scales of the body's norm are trained. `trainable` chooses them by a
+glob on the path and by a predicate. All other params are state: they have no gradient and no optimizer state.
+`merge_state` puts them back into the variables.
 """
 
 from typing import Any

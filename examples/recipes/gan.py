@@ -1,8 +1,8 @@
 """A GAN: two models, two optimizers.
 
-Each player is a carry of its own, with batch statistics here and spectral norms there. A pair of carries is a pytree,
-so the whole game is one step. `with_optimizer` updates each player: the discriminator's batch is what the generator
-made, and the generator's loss gets its rival as a further argument of the call.
+Each player has its own carry, one with batch statistics, the other with spectral norms. A pair of carries is a pytree,
+so the whole game is one step. `with_optimizer` updates each player. The discriminator's batch is the output of the
+generator; the generator's loss gets the discriminator as a further argument.
 """
 
 from typing import Any, NamedTuple

@@ -1,9 +1,9 @@
 """The ImageNet step, before and after.
 
-What Flax's ImageNet example does on every device: a residual network with batch statistics, momentum, weight decay on
+The step of Flax's ImageNet example on each device: a residual network with batch statistics, momentum, weight decay on
 kernels, a warmup and cosine schedule, gradients and statistics averaged across devices. `before` is that step by hand
-over a TrainState; in `after` the loss says what is learned, and `with_optimizer(axis_name=...)` averages. Both give
-the same losses.
+over a TrainState. In `after` you write only the loss, and `with_optimizer(axis_name=...)` averages. Both give the same
+losses.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Adapters of low rank.
 
-The pretrained kernels are frozen, two thin matrices beside each are trained (LoRA). The adapters are params of their
-own names, so one glob chooses them, `trainable="*/lora_*"`; folded into the kernels, the plain network runs.
+The pretrained kernels are frozen; two thin matrices beside each are trained (LoRA). The adapters have their own names,
+so one glob chooses them: `trainable="*/lora_*"`. After training they are added into the kernels of the plain network.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Model-agnostic meta-learning.
 
 The params are trained so that one gradient step on ten points of a new sine fits that sine. This inner step is
-`value_and_grad` inside the loss: it is a function as any other, so the outer gradient goes through it, second
-derivatives included. `vmap_stateful` runs a task per lane.
+`value_and_grad` inside the loss. It is a pure function, so the outer gradient goes through it, second derivatives
+included. `vmap_stateful` runs one task per lane.
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
 """Mixed precision with a loss scale.
 
-The network computes in float16, params and statistics stay in float32. Small gradients would vanish in half
-precision, so the loss is scaled; the scale is state of the optimizer. A step that overflows is not taken, and halves
-the scale; many good ones double it. So a corrupt row costs a step, where it would have made the batch statistics
-infinite for good, behind a loss that looks fine.
+The network computes in float16; params and statistics stay in float32. Small gradients would vanish in half precision,
+so the loss is scaled; the scale is state of the optimizer. A step that overflows is not taken, and halves the scale;
+many good steps double it. A corrupt row costs one step. Otherwise it would make the batch statistics infinite, while
+the loss looks fine.
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
 """Many devices, one or many hosts.
 
-The step is the one of a single device: where its leaves live is said once, when the carry is made. Here params are
-sharded over all devices (fully sharded data parallelism) and the batch is split over them; `jit_step(like=carry)`
-pins what comes out to where it went in, so the second step finds what the first compiled. The same program runs in
-many processes, each feeding its part.
+The step is the same as on a single device. You choose the placement of its leaves once, when you make the carry. Here
+params are sharded over all devices (fully sharded data parallelism) and the batch is split over them.
+`jit_step(like=carry)` keeps the output carry where the input was, so the second step reuses the first one's compile.
+The same program runs in many processes, each with its part of the batch.
 """
 
 import os

@@ -1,9 +1,8 @@
 """An NNX module.
 
-`from_nnx` takes a module apart once: into a function with the module's own signature, its params and its state, which
-are plain dicts that every combinator takes. Dropout's streams and batch statistics are state. `to_nnx` writes what
-was trained back into the module, which is then used as if NNX had trained it; here the losses of NNX's own loop are
-the same.
+`from_nnx` splits a module once: into a function with the module's own signature, its params and its state. Both are
+plain dicts that every combinator takes. Dropout's streams and batch statistics are state. `to_nnx` writes the trained
+values back; then use the module as if NNX had trained it. NNX's own loop has the same losses.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""The step opened.
+"""The open step.
 
-Between the gradient and the optimizer there is a place: log the norms of gradients, updates and params, add a penalty
-to the gradient by name, and give the loss a key of this step. It is three lines, and all checks stay.
+Put your code between the gradient and the optimizer: log the norms of gradients, updates and params, add a penalty to
+one gradient by name, and give the loss a key of this step. It takes three lines, and all checks stay.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Proximal policy optimization.
 
-Rollouts are cut into minibatches, which are trained on several times in one dispatch: `scan_steps` scans the batch
-alone, and the clip parameter goes to each minibatch as it is. It falls from round to round and nothing is traced anew,
-since it is an argument of the call, and neither part of the batch nor of the closure.
+Rollouts are split into minibatches, and each is trained on several times in one dispatch. `scan_steps` scans only the
+batch; each minibatch gets the clip parameter as it is. It falls from round to round without a new trace, because it is
+an argument of the call, not a part of the batch or of the closure.
 """
 
 from typing import Any

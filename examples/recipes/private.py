@@ -1,8 +1,8 @@
 """Training with differential privacy.
 
-Each example's gradient is clipped before they are averaged, and noise is added, so that no example can be told from
-the result. `vmap_stateful` around a gradient function gives the gradient of each example; the optimizer is optax's
-own, which takes them with a leading axis. One example has no batch to normalize over, so there is no BatchNorm.
+Each example's gradient is clipped before the average, and noise is added, so that the result reveals no single example.
+`vmap_stateful` around a gradient function gives the gradient of each example; the optimizer is optax's own, and takes
+them with a leading axis. One example has no batch to normalize over, so there is no BatchNorm.
 """
 
 import warnings

@@ -1,9 +1,8 @@
-"""A recurrent state, carried on.
+"""A recurrent state from step to step.
 
-A long sequence is read piece by piece: what the recurrent network remembers goes from one step into the next. It
-lives in a collection of its own, so it is state like batch statistics are; gradients stop at the border of a piece
-(truncated backpropagation through time). When another text begins, `adopt_carry` puts the first memory back, and
-nothing compiles anew.
+The network reads a long sequence piece by piece, and its memory goes from one step to the next. The memory is a
+collection of its own, so it is state, like batch statistics. Gradients stop at the border of a piece (truncated
+backpropagation through time). When another text begins, `adopt_carry` restores the first memory without a recompile.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Soft actor-critic: three optimizers, one target network.
 
-Critic, actor and temperature are carries of their own, and a tuple of three carries is a carry. Each loss takes what
-it needs of the others as further arguments. The target network is the critic's averaged params: `with_ema` keeps them
-in `state['ema']`, where the critic's loss reads them and no gradient goes. Transitions come from a fixed replay.
+Critic, actor and temperature each have a carry, and a tuple of three carries is a carry. Each loss gets what it needs
+of the others as further arguments. The target network is the critic's averaged params: `with_ema` keeps them in
+`state['ema']`. The critic's loss reads them there, and they get no gradient. Transitions come from a fixed replay.
 """
 
 from typing import Any, NamedTuple

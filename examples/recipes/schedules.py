@@ -1,8 +1,8 @@
 """Learning rates: schedule, plateau, by hand.
 
-One warms up and decays, one waits for a plateau, one is changed by hand in the middle. All three are optax's, and
-live in the optimizer's state, so they are saved with the carry and compile nothing anew; `with_optimizer` hands the
-loss to the one that looks for a plateau.
+One rate warms up and decays, one waits for a plateau, one is changed by hand in the middle. All three are optax's and
+are in the optimizer's state, so a checkpoint saves them and a change needs no recompile. `with_optimizer` passes the
+loss to the one that waits for a plateau.
 """
 
 from typing import Any

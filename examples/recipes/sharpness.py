@@ -1,8 +1,8 @@
 """Sharpness-aware minimization.
 
-The gradient is taken twice: at the params, and at the worst place near them, which the first one shows. Two calls of
-one gradient function are a step by hand. The batch statistics are those of the first call: the second looks from
-params that will not be kept.
+The step computes the gradient twice: at the params, and at the worst point near them, in the direction of the first
+gradient. Two calls of one gradient function make a step. It keeps the batch statistics of the first call, since the
+second call uses params that are not kept.
 """
 
 from typing import Any

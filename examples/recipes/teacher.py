@@ -1,8 +1,8 @@
 """A student and its averaged teacher.
 
-The student learns from labels where there are some, and from its own average where there are none. The teacher is a
-tree of the state, averaged with its batch statistics every few steps by `with_ema`; no optimizer and no gradient sees
-it. The loss reads it where it lies.
+The student learns from labels if there are any, and else from its own average. The teacher is a tree in the state:
+`with_ema` averages params and batch statistics every few steps. No optimizer and no gradient sees it. The loss reads it
+from the state.
 """
 
 from typing import Any

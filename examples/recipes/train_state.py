@@ -1,8 +1,7 @@
 """A TrainState, moved over step by step.
 
-Each stage runs, and gives the same losses. First the step alone is compiled by `jit_step`, and the state stays a
-`TrainState`; then `with_mutable` calls the model; then a `Carry` takes the place of the `TrainState`, and
-`with_optimizer` that of the step.
+Each stage runs and gives the same losses. First `jit_step` compiles the step, and the state stays a `TrainState`. Then
+`with_mutable` calls the model. Then a `Carry` replaces the `TrainState`, and `with_optimizer` the step.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Gradual unfreezing.
 
-The head is trained first, then the layer below it too, then all of it. `adopt_carry(..., strict=False)` takes the carry
-from one split of the params to the next: weights, moments, the count of steps and the average stay, and what is newly
-trained starts fresh. The step compiles once for each split.
+First the head is trained, then the layer below it too, then everything. `adopt_carry(..., strict=False)` converts the
+carry from one split of the params to the next: weights, moments, step count and average stay, and newly trained params
+start with fresh moments. The step compiles once for each split.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """A variational autoencoder.
 
-Three stateful functions of one module: the whole, with noise drawn by `with_rngs`; `method=VAE.encode`, with sown
-values captured; `method=VAE.decode`, to generate. Each has the signature of the method that it wraps.
+One module gives three stateful functions: the whole model, with noise drawn by `with_rngs`; `method=VAE.encode`, with
+captured sown values; `method=VAE.decode`, to generate. Each has the signature of the method that it wraps.
 """
 
 from typing import Any, NamedTuple

@@ -1,9 +1,9 @@
 """A first step without a compile.
 
-A job that begins again traces and compiles its step once more; JAX's persistent cache saves the compile, not the trace.
-What `jit_step` gives is `jax.jit`'s, so its compiled step can be written to a file, and a later process runs what it
-finds there. The file is named after all that it was made for: with another jax, device, source or shape there is none,
-and the step is compiled. Load no file that others can write: it runs what is in it.
+A restarted job traces and compiles its step again; JAX's persistent cache saves the compile, not the trace. `jit_step`
+returns `jax.jit`'s object, so you can write its compiled step to a file, and a later process loads it. The file name
+contains everything that the step depends on: with another jax, device, source or shape there is no such file, and the
+step is compiled. Do not load a file that others can write: loading it runs its content.
 """
 
 import contextlib
