@@ -33,6 +33,7 @@ CLAIMS = (
     "accumulation",
     "nnx",
     "checks",
+    "explain",
     "imports",
 )
 HERE = pathlib.Path(__file__).parent
