@@ -253,6 +253,25 @@ def test_a_key_drawn_from_twice_for_one_shape_is_told_from_a_loss_that_is_comput
     assert found == (["key drawn twice"] if case in DRAWN_TWICE else [])
 
 
+@pytest.mark.parametrize(
+    ("size", "through", "expected"),
+    [
+        (1024, lambda x: x, ["cast back"]),
+        (1024, lambda x: x.T.reshape(2, -1), ["cast back"]),  # moved, and nothing done with it
+        (1024, jnp.sin, []),
+        (16, lambda x: x, []),  # small
+    ],
+)
+def test_what_is_cast_back_is_large_and_untouched_in_between(size: int, through: Any, expected: list[str]) -> None:
+    def step(carry: Any, batch: Any) -> Any:
+        half = jnp.cos(batch).astype(jnp.bfloat16)
+        return carry + through(half).astype(jnp.float32).sum(), None
+
+    report = fs.explain_step(step, jnp.zeros((), jnp.float32), jax.ShapeDtypeStruct((size, size), jnp.float32))
+    assert kinds(report) == expected
+    assert [each.cost for each in report.findings] == [2 * size * size] * len(expected)
+
+
 def test_keys_in_a_scan_are_followed() -> None:
     def inner(key: Any, row: Any) -> Any:
         key, used = jax.random.split(key)
