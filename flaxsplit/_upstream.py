@@ -142,7 +142,7 @@ def bare(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-_LIBRARIES = ("jax", "flax", "equinox", "haiku", "optax", __package__)
+_LIBRARIES = ("jax", "flax", "equinox", "haiku", "optax", __name__.partition(".")[0])
 
 
 def lines_of(eqn: Any) -> tuple[Any, ...]:
