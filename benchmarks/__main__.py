@@ -33,10 +33,10 @@ CLAIMS = (
     "accumulation",
     "nnx",
     "checks",
+    "explain",
     "imports",
     "startup",
     "nonfinite",
-    "explain",
 )
 HERE = pathlib.Path(__file__).parent
 console = Console()

@@ -1,5 +1,6 @@
 """What becomes of the state: what is returned as it came, drawn from again, updated by nothing, or never read."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 from ._describe import describe
 from ._find_leaves import Found, found
+from ._flow import Draw
 from ._look import Leaf, Look
 from ._values import union
 
@@ -114,21 +116,32 @@ def _keys(look: Look) -> Iterator[Found]:
     same = [kept[i] for i in sorted(again) if _is_key(kept[i])]
     yield from found("key unchanged", map(_words, same), len(same), "keys")
     constant = [draw for draw in drawn if not draw.reads]
-    yield from found("key constant", sorted(f"random bits: {_bits(draw.shape)}" for draw in constant), 1, "keys")
+    yield from found("key constant", sorted({f"random bits: {_bits(draw.shape)}" for draw in constant}), 1, "keys")
     yield from found("key drawn twice", sorted(set(_twice(look))), 1, "keys")
 
 
 def _twice(look: Look) -> Iterator[str]:
-    uses: dict[Any, set[Any]] = {}
-    reads: dict[Any, int] = {}
+    uses: dict[Any, list[Draw]] = {}
     for draw in look.flow.draws:
-        uses.setdefault(draw.number, set()).add(draw.shape)
-        reads[draw.number] = draw.reads
-    for number, shapes in uses.items():
-        if len(shapes) > 1:
-            keys = [leaf.path for leaf in look.inputs if reads[number] >> leaf.at & 1 and _is_key(leaf)]
-            drawn = sorted(map(_bits, shapes))
+        uses.setdefault(draw.number, []).append(draw)
+    for draws in uses.values():
+        pairs = [(one, other) for one, other in itertools.combinations(draws, 2) if _clash(one, other)]
+        if pairs:
+            keys = [leaf.path for leaf in look.inputs if draws[0].reads >> leaf.at & 1 and _is_key(leaf)]
+            shapes = {shape: one.shape == other.shape for one, other in pairs for shape in (one.shape, other.shape)}
+            drawn = sorted(_bits(shape) + " twice" * twice for shape, twice in shapes.items())
             yield f"{', '.join(keys) or 'a key of the step'}: {', '.join(drawn)}"
+
+
+def _clash(one: Draw, other: Draw) -> bool:
+    """Whether two draws are of use together; a loss computed again draws in the same line, called from another one."""
+    branches = dict(one.branches)
+    if any(branches.get(number, branch) != branch for number, branch in other.branches):
+        return False  # of two branches one is taken
+    if one.shape != other.shape:
+        return True
+    known = one.shape is not None and one.lines and other.lines
+    return bool(known and (one.lines[0] != other.lines[0] or one.lines == other.lines))
 
 
 def _bits(shape: tuple[int, ...] | None) -> str:

@@ -71,6 +71,10 @@ def _precision(look: Look, made: list[Product]) -> Iterator[Found]:
     if by_dtype["float64"] and not any(leaf.aval.dtype == np.float64 for leaf in floats):
         double = [each.words for each in made if each.dtype == "float64"]
         yield from found("f64", dict.fromkeys(double), by_dtype["float64"], "FLOP")
+    lost = [each for each in look.flow.casts if each.bytes >= LARGE // 2]
+    casts = Counter(each.words for each in lost)
+    lines = (f"cast: {words}" + f", {count} times" * (count > 1) for words, count in casts.items())
+    yield from found("cast back", lines, sum(each.bytes for each in lost))
     averages = [*statistics_of(look), *(leaf for leaf in floats if "ema" in leaf.names)]
     kept = [leaf for leaf in averages if str(leaf.aval.dtype) in _HALF]
     yield from found("half statistics", (f"{leaf.path}: {describe(leaf.aval)}" for leaf in kept), len(kept), "leaves")

@@ -8,16 +8,33 @@ from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
-from ._upstream import bare, scan_sizes
+import jax
+
+from ._describe import describe
+from ._upstream import bare, lines_of, scan_sizes
 from ._values import KEPT, Value, alike_avals, either, is_zero, result_of, under, union
 
 
 class Draw(NamedTuple):
-    """Random bits made of a key, or the splitting of one."""
+    """Random bits made of a key, or the splitting of one.
+
+    Attributes:
+        lines: the places in Python that it was called from, the innermost first, those of libraries left out.
+        branches: the branches that it is in, by the number of their `cond`.
+    """
 
     reads: int
     number: Any
     shape: tuple[int, ...] | None
+    lines: tuple[Any, ...]
+    branches: tuple[tuple[int, int], ...]
+
+
+class Cast(NamedTuple):
+    """A value cast to another dtype and, nothing done with it, back."""
+
+    words: str
+    bytes: int
 
 
 _KEYS = {"random_split", "random_fold_in", "random_wrap", "random_unwrap", "slice", "squeeze", "dynamic_slice"}
@@ -39,12 +56,14 @@ class Flow:
         outs: what is known of each output.
         touched: the inputs that any operation reads, also one whose result goes nowhere.
         remade: those of which one made another value of the same type.
-        draws: what was drawn from keys.
+        draws: what was drawn from keys, in the order of the program.
+        casts: what was cast back and forth.
     """
 
     def __init__(self, jaxpr: Any) -> None:
-        self.touched, self.remade, self.draws = 0, 0, set[Draw]()
+        self.touched, self.remade, self.draws, self.casts = 0, 0, list[Draw](), list[Cast]()
         self._fresh, self._quiet = itertools.count(), 0
+        self._branches, self._calls = dict[int, int](), list[Any]()
         inputs = [Value(1 << i, 1 << i, same=i, number=("in", i)) for i in range(len(jaxpr.invars))]
         self.outs = self._through(jaxpr, inputs)
 
@@ -68,13 +87,16 @@ class Flow:
         if name == "cond":
             return self._cond(bodies, ins)
         if len(bodies) == 1 and _calls(bodies[0], eqn):
-            return self._called(bodies[0], ins, name in _REMAT)
+            return self._called(eqn, bodies[0], ins)
         self._note(name, eqn, ins)
         return [result_of(name, eqn, ins, var, self._number(name, eqn, ins)) for var in eqn.outvars]
 
-    def _called(self, body: Any, ins: list[Value], again: bool) -> list[Value]:
+    def _called(self, eqn: Any, body: Any, ins: list[Value]) -> list[Value]:
+        again = eqn.primitive.name in _REMAT
         self._quiet += again  # what is computed again draws the same bits again, as it should
+        self._calls.append(eqn)
         outs = self._through(body, ins)
+        self._calls.pop()
         self._quiet -= again
         return outs
 
@@ -109,7 +131,11 @@ class Flow:
     def _cond(self, bodies: list[Any], ins: list[Value]) -> list[Value]:
         which, *rest = ins
         self.touched |= which.reads
-        branches = [self._through(body, rest) for body in bodies]
+        number, branches = next(self._fresh), list[list[Value]]()
+        for i, body in enumerate(bodies):
+            self._branches[number] = i
+            branches.append(self._through(body, rest))
+        del self._branches[number]
         return [under(which, reduce(either, each)) for each in zip(*branches, strict=True)]
 
     def _unnumbered(self, value: Value) -> Value:
@@ -124,9 +150,21 @@ class Flow:
                 and any(alike_avals(atom.aval, out.aval) for out in eqn.outvars)
             ):
                 self.remade |= 1 << value.same
-        if name in ("random_bits", "random_split") and not self._quiet and ins[0].number is not None:
+        if self._quiet:
+            return
+        if name in ("random_bits", "random_split") and ins[0].number is not None:
             shape = tuple(eqn.outvars[0].aval.shape) if name == "random_bits" else None
-            self.draws.add(Draw(ins[0].reads, ins[0].number, shape))
+            self.draws.append(Draw(ins[0].reads, ins[0].number, shape, self._lines(eqn), (*self._branches.items(),)))
+        if name == "convert_element_type" and ins[0].was == eqn.outvars[0].aval.dtype:
+            before, after = eqn.invars[0].aval, eqn.outvars[0].aval
+            words = f"{describe(after)} -> {before.dtype} -> {after.dtype}"
+            self.casts.append(Cast(words, int(before.size * before.dtype.itemsize)))
+
+    def _lines(self, eqn: Any) -> tuple[Any, ...]:
+        """From where bits are drawn; functions of `jax.random` are jitted, and what is in them is of the first call."""
+        stack = [*self._calls, eqn]
+        first = next((i for i, each in enumerate(stack) if _is_sampler(each)), len(self._calls))
+        return tuple(line for each in reversed(stack[: first + 1]) for line in lines_of(each))
 
     def _number(self, name: str, eqn: Any, ins: list[Value]) -> Any:
         """Equal for equal keys; another one for whatever is not known to be equal."""
@@ -142,3 +180,7 @@ class Flow:
 
 def _calls(body: Any, eqn: Any) -> bool:
     return len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars)
+
+
+def _is_sampler(eqn: Any) -> bool:
+    return hasattr(jax.random, str(eqn.params.get("name")).removeprefix("_"))

@@ -1,7 +1,9 @@
 """What depends on the words or the inside of another library, in one place, each with what would replace it."""
 
 import importlib
+import os
 import re
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -138,3 +140,19 @@ def scan_sizes(params: dict[str, Any]) -> tuple[int, int] | None:
 def bare(jaxpr: Any) -> Any:
     """A jaxpr without its constants; JAX has one class for both since 0.11."""
     return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+_LIBRARIES = ("jax", "flax", "equinox", "haiku", "optax", __name__.partition(".")[0])
+
+
+def lines_of(eqn: Any) -> tuple[Any, ...]:
+    """Where in Python an operation was called, the innermost first, libraries left out.
+
+    A public `user_frames(eqn)` would replace this; JAX has a private one, by lines and not by places within them.
+    """
+    held: Any = getattr(eqn.source_info, "traceback", None)
+    codes, places = held.raw_frames() if held is not None else ((), ())
+    known = [getattr(sys.modules.get(name), "__file__", None) for name in _LIBRARIES]
+    theirs = tuple(os.path.dirname(each) + os.sep for each in known if each)
+    frames = zip(codes, places, strict=True)
+    return tuple((code, place) for code, place in frames if not code.co_filename.startswith(theirs))

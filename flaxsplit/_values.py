@@ -22,6 +22,7 @@ class Value(NamedTuple):
         base: the input that it is the sum of, with something else.
         added: the inputs that the something else depends on, as `live`.
         number: equal for equal keys.
+        was: the dtype that it was cast from.
     """
 
     reads: int = 0
@@ -32,8 +33,10 @@ class Value(NamedTuple):
     base: int | None = None
     added: int = 0
     number: Any = None
+    was: Any = None
 
 
+_MOVED = {"reshape", "transpose", "broadcast_in_dim", "squeeze", "copy", "sharding_constraint", "slice", "rev"}
 KEPT = {"convert_element_type", "copy", "copy_p", "reshape", "sharding_constraint", "reshard", "optimization_barrier"}
 _ALL_ZERO = {
     *("add", "sub", "add_any", "max", "min", "neg", "abs", "sign", "sqrt", "square", "real", "reduce_sum", "transpose"),
@@ -50,7 +53,16 @@ def result_of(name: str, eqn: Any, ins: list[Value], var: Any, number: Any) -> V
     reads, live = union(each.reads for each in ins), union(each.live for each in ins if not each.zero)
     zero, shape = _makes_zero(name, ins), _shape(var)
     nil = any((each.zero or each.nil) and _shape(atom) == shape for atom, each in zip(eqn.invars, ins, strict=True))
-    return _sum(name, eqn, ins, Value(reads, 0 if zero else live, zero=zero, nil=zero or nil, number=number))
+    value = Value(reads, 0 if zero else live, zero=zero, nil=zero or nil, number=number, was=_cast_from(name, eqn, ins))
+    return _sum(name, eqn, ins, value)
+
+
+def _cast_from(name: str, eqn: Any, ins: list[Value]) -> Any:
+    if name == "convert_element_type":
+        before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+        floating = jnp.issubdtype(before, jnp.floating) and jnp.issubdtype(after, jnp.floating)
+        return before if floating and before != after else None
+    return ins[0].was if name in _MOVED and ins else None
 
 
 def _sum(name: str, eqn: Any, ins: list[Value], value: Value) -> Value:

@@ -62,6 +62,9 @@ def next_meter(meter: dict[str, Any], x: Any, key: Any, fault: str) -> dict[str,
         jax.debug.print("{}", x.sum())
     if fault == "key constant":
         new["mean"] = new["mean"] + jax.random.normal(jax.random.key(0), (4,))
+    if fault == "cast back":
+        wide = jnp.broadcast_to(x.sum(), BIG.shape)
+        new["total"] = new["total"] + jnp.sin(wide).astype(jnp.bfloat16).astype(jnp.float32).sum()
     if fault == "key drawn twice":
         new["mean"] = new["mean"] + jax.random.normal(key, (4,)) + jax.random.normal(key, (2, 4)).sum(0)
     return new
@@ -421,6 +424,7 @@ WHERE: dict[str, dict[str, str]] = {
     "donated in vain": {style: "batch" for style in STYLES if style != "Equinox"},
     "constants": dict.fromkeys(STYLES, "f32[520,520]"),
     "f32 work": dict.fromkeys(STYLES, "dot_general"),
+    "cast back": dict.fromkeys(STYLES, "cast: f32[520,520] -> bfloat16 -> float32"),
     "half statistics": {
         "by hand": "carry['stats']['BatchNorm_0']['mean']",
         "TrainState": "carry.batch_stats['BatchNorm_0']['mean']",

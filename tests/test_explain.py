@@ -219,6 +219,59 @@ def test_keys_that_advance_are_told_from_those_that_do_not() -> None:
     assert drawing(again) == ["key drawn twice"]
 
 
+def noise(key: Any) -> Any:
+    return jax.random.normal(key, (4,))
+
+
+def split(key: Any) -> Any:
+    return jax.random.split(key)[0]
+
+
+DRAWN_TWICE: dict[str, Any] = {
+    "in one line": lambda key: jax.random.normal(key, (4,)) - jax.random.normal(key, (4,)),
+    "for two distributions": lambda key: jax.random.normal(key, (4,)) * jax.random.uniform(key, (4,)),
+    "for each leaf of a tree": lambda key: sum(jax.tree.map(lambda scale: scale * noise(key), [1.0, 2.0])),
+    "through a split of its own": lambda key: noise(split(key)) + jax.random.normal(split(key), (4,)),
+    "as bits": lambda key: (jax.random.bits(key, (4,)) + jax.random.bits(key, (4,))).astype("float32"),
+}
+DRAWN_ONCE: dict[str, Any] = {
+    "again on purpose": lambda key: noise(key) + 0.5 * noise(key),  # a function of the user's that is called twice
+    "again, jitted": lambda key: jax.jit(noise)(key) + 0.5 * jax.jit(noise)(key),
+    "in a branch": lambda key: jax.lax.cond(key is None, noise, lambda key: jax.random.uniform(key, (4,)), key),
+    "in a branch of another shape": lambda key: jax.lax.cond(
+        key is None, noise, lambda key: jax.random.normal(key, (2, 4)).sum(0), key
+    ),
+    "by a remat": lambda key: jax.grad(jax.checkpoint(lambda x: jnp.sin(x * noise(key)).sum()))(jnp.ones(4)),
+    "by each turn's own": lambda key: sum(noise(jax.random.fold_in(key, i)) for i in range(3)),
+}
+
+
+@pytest.mark.parametrize("case", [*DRAWN_TWICE, *DRAWN_ONCE])
+def test_a_key_drawn_from_twice_for_one_shape_is_told_from_a_loss_that_is_computed_again(case: str) -> None:
+    draw = {**DRAWN_TWICE, **DRAWN_ONCE}[case]
+    found = drawing(lambda key, step: (draw(jax.random.fold_in(key, step)), key))
+    assert found == (["key drawn twice"] if case in DRAWN_TWICE else [])
+
+
+@pytest.mark.parametrize(
+    ("size", "through", "expected"),
+    [
+        (1024, lambda x: x, ["cast back"]),
+        (1024, lambda x: x.T.reshape(2, -1), ["cast back"]),  # moved, and nothing done with it
+        (1024, jnp.sin, []),
+        (16, lambda x: x, []),  # small
+    ],
+)
+def test_what_is_cast_back_is_large_and_untouched_in_between(size: int, through: Any, expected: list[str]) -> None:
+    def step(carry: Any, batch: Any) -> Any:
+        half = jnp.cos(batch).astype(jnp.bfloat16)
+        return carry + through(half).astype(jnp.float32).sum(), None
+
+    report = fs.explain_step(step, jnp.zeros((), jnp.float32), jax.ShapeDtypeStruct((size, size), jnp.float32))
+    assert kinds(report) == expected
+    assert [each.cost for each in report.findings] == [2 * size * size] * len(expected)
+
+
 def test_keys_in_a_scan_are_followed() -> None:
     def inner(key: Any, row: Any) -> Any:
         key, used = jax.random.split(key)

@@ -179,6 +179,13 @@ KINDS = {
         "cast the operand: x.astype(jnp.bfloat16), or dtype=jnp.bfloat16 for the layer",
         "cast the operand: x.astype(jnp.bfloat16), or dtype=jnp.bfloat16 for the layer",
     ),
+    "cast back": Kind(
+        "precision",
+        "large values are cast to another dtype and, nothing done with them, back",
+        "a layer casts what the next one, whose dtype= is another, casts again; or params are cast before such a layer",
+        "one dtype= for both layers, or no .astype in between",
+        "one dtype= for both layers, or no .astype in between",
+    ),
     "half statistics": Kind(
         "precision",
         "running averages are kept in half precision, where a small change is rounded away",
