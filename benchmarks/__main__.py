@@ -31,6 +31,7 @@ CLAIMS = (
     "memory",
     "vmap",
     "accumulation",
+    "mesh",
     "nnx",
     "checks",
     "explain",

@@ -32,6 +32,7 @@ ORDER = (
     Item("vmap", "", 15),
     Item("throughput", "", 60),
     Item("accumulation", "", 20),
+    Item("mesh", "", 20),
     Item("nnx", "", 25),
     Item("imports", "", 30),
     Item("startup", "", 60),

@@ -4,11 +4,13 @@ import math
 from typing import Any, TypeVar, cast
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ._describe import keyed_leaves
 from ._refusals.options import AXIS_NAME
 from ._refusals.run import UNBOUND
 from ._types import AxisName
+from ._upstream import reshard
 
 T = TypeVar("T")
 
@@ -87,8 +89,30 @@ def _pcast(leaf: Any, names: tuple[str, ...]) -> Any:
     return lax.pcast(leaf, names, to="varying") if hasattr(lax, "pcast") else lax.pvary(leaf, names)  # jax < 0.8
 
 
+# Where mesh axes are Explicit, which is what `jax.make_mesh` gives, the type of an array says where it lies
+
+
+def place_along(leaf: Any, axis: int) -> NamedSharding | None:
+    """Where one axis of a leaf lies, if its type says so, as the place of an array with that axis alone."""
+    sharding = _place_in_type(leaf)
+    spec = (*getattr(sharding, "spec", ()),)
+    entry = spec[axis] if -len(spec) <= axis < len(spec) else None
+    return None if entry is None else NamedSharding(sharding.mesh, PartitionSpec(entry))
+
+
 def devices_along(leaf: Any) -> int:
-    """Over how many devices a leaf's first axis is spread, as far as its type says so: where mesh axes are Explicit."""
-    sharding: Any = getattr(jax.typeof(leaf), "sharding", None)
-    first = next(iter(getattr(sharding, "spec", ())), None)
-    return math.prod(sharding.mesh.shape[name] for name in names_of(first))
+    """Over how many devices a leaf's first axis is spread, as far as its type says so."""
+    place = place_along(leaf, 0)
+    return math.prod(place.mesh.shape[name] for name in names_of(place.spec[0])) if place else 1
+
+
+def put_back(before: Any, after: Any) -> Any:
+    """A leaf where the one before it lies, if their types say so and differ."""
+    old, new = _place_in_type(before), _place_in_type(after)
+    if getattr(old, "spec", None) == getattr(new, "spec", None):
+        return after
+    return reshard(after, NamedSharding(new.mesh if old.mesh.empty else old.mesh, old.spec))
+
+
+def _place_in_type(leaf: Any) -> Any:
+    return getattr(jax.typeof(leaf), "sharding", None)

@@ -22,8 +22,8 @@ from ._refusals.improve import (
     MISRETURNED,
     NOT_DIFFERENTIABLE,
     OVERWRITE,
+    UNCOMPUTED,
     UNSYNCED,
-    WHOLE,
     ZERO_GRADIENT,
 )
 from ._types import OVERWRITTEN, AuxT, AxisName, BatchT, Carry, GivenLoss, GradFn, P, ParamsT, State, Tree
@@ -114,8 +114,8 @@ def value_and_grad(
         over_batch = gradient if microbatches == 1 else accumulated(gradient, learned, microbatches, axis_name)
         try:
             (loss, (aux, new_state)), (grads, overwritten) = over_batch(state, batch)
-        except (TypeError, ValueError) as error:
-            WHOLE.instead_of(error, error, batch, (*args, kwargs), microbatches)
+        except Exception as error:
+            UNCOMPUTED.instead_of(error, error, params, batch, (*args, kwargs), microbatches)
         loss, grads = averaged((loss, grads), axis_name)
         overwritten = overwritten if axis_name is None else jax.lax.pmax(overwritten, axis_name)
         return (((loss, aux) if has_aux else loss), grads), {**new_state, **overwritten}

@@ -1,13 +1,16 @@
 """Which axis of each part is that of the lanes, how many lanes there are, and the keys of each."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import NamedSharding
 
+from ._axes import place_along
 from ._refusals.lanes import AXES, IN_AXES, NO_COLLECTION, NO_STREAM, SIZES
 from ._rngs import split_key
 from ._types import Axes, Tree
+from ._upstream import reshard
 
 
 def axes_by_collection(state: Tree, state_axes: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -25,20 +28,32 @@ def axes_by_argument(in_axes: Axes, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(in_axes)
 
 
-def lane_count(
-    params: Tree, params_axes: Any, state: Tree, axes: Tree, args: tuple[Any, ...], arg_axes: tuple[Any, ...]
-) -> int:
-    """The one size of all mapped axes."""
-    operands = {"params": (params, params_axes), "state": (dict(state), axes)}
-    operands |= {f"args[{i}]": (arg, arg_axes[i]) for i, arg in enumerate(args)}
+class Lanes(NamedTuple):
+    """How many lanes there are, and where they lie, if the types of what is mapped say so."""
+
+    number: int
+    place: NamedSharding | None
+
+
+def lanes_of(operands: Mapping[str, tuple[Any, Any]], count: int | None) -> Lanes:
+    """The one size of all mapped axes, if it is not given. `operands` are trees and their axes, by name."""
     mapped = [leaf for name, (tree, prefix) in operands.items() for leaf in _mapped_leaves(name, tree, prefix)]
     sizes = {_size_along(leaf, axis) for _, leaf, axis in mapped}
-    SIZES.unless(len(sizes) == 1 and None not in sizes, [(*each, _size_along(*each[1:])) for each in mapped])
-    return int(sizes.pop() or 0)
+    if not count:
+        SIZES.unless(len(sizes) == 1 and None not in sizes, [(*each, _size_along(*each[1:])) for each in mapped])
+    places = (place_along(leaf, axis) for _, leaf, axis in mapped)
+    return Lanes(count or int(sizes.pop() or 0), next((place for place in places if place), None))
 
 
-def lane_keys(rngs: tuple[Any, ...], split: bool | Mapping[str, bool], size: int) -> tuple[Any, Any]:
-    """Gives each lane its own key of every stream that is to be split, and says which have a lane axis."""
+def lane_keys(rngs: tuple[Any, ...], split: bool | Mapping[str, bool], lanes: Lanes) -> tuple[Any, Any]:
+    """Gives each lane its own key of every stream that is to be split, and says which have a lane axis.
+
+    The keys lie as the lanes do: where axes are Explicit, `jax.vmap` maps no axis that is split beside one that is not.
+    """
+
+    def own(key: Any) -> Any:
+        keys = split_key(key, lanes.number)
+        return reshard(keys, lanes.place) if lanes.place else keys
 
     def wanted(name: str) -> bool:
         return split if isinstance(split, bool) else split.get(name, True)
@@ -46,7 +61,7 @@ def lane_keys(rngs: tuple[Any, ...], split: bool | Mapping[str, bool], size: int
     streams = sorted({name for each in rngs for name in each})
     unknown = [] if isinstance(split, bool) else [name for name in split if name not in streams]
     NO_STREAM.if_any(f"{name!r} is not one of {streams}" for name in unknown)
-    keys = [{name: split_key(key, size) if wanted(name) else key for name, key in each.items()} for each in rngs]
+    keys = [{name: own(key) if wanted(name) else key for name, key in each.items()} for each in rngs]
     return tuple(keys), tuple({name: 0 if wanted(name) else None for name in each} for each in rngs)
 
 

@@ -34,6 +34,17 @@ def is_about_out_axes(error: ValueError) -> bool:
     return "out_axes" in str(error)
 
 
+def is_about_explicit(error: Exception) -> bool:
+    """Whether JAX was not told where a result lies, axes being Explicit. A public error class would replace this."""
+    of_vmap = isinstance(error, ValueError) and "passed to vmap" in str(error) and "shard" in str(error)
+    return type(error).__name__ == "ShardingTypeError" or of_vmap
+
+
+def is_about_mask(error: Exception) -> bool:
+    """Whether the choice between two arrays lies elsewhere than they do."""
+    return str(error).startswith("select ")
+
+
 def varying_axes(value: Any) -> tuple[Any, ...]:
     """The axes of an enclosing `shard_map` along which a value differs, if checked. JAX names it by version."""
     aval: Any = jax.typeof(value)

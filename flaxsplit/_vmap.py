@@ -10,7 +10,7 @@ from jax.custom_batching import custom_vmap
 from ._axes import check_axis_name, is_bound
 from ._checks import check_count, checked, is_function, two_of
 from ._describe import keyed_leaves, same_leaves
-from ._lanes import axes_by_argument, axes_by_collection, lane_count, lane_keys
+from ._lanes import Lanes, axes_by_argument, axes_by_collection, lane_keys, lanes_of
 from ._linear import noted
 from ._refusals.lanes import BOUND, COLLECTIONS, FORM, SPLIT_RNGS, STATE_AXES, UNSYNCED, VMAP_FN
 from ._refusals.upstream import RNGS
@@ -78,8 +78,10 @@ def vmap_stateful(
         BOUND.unless(not is_bound(axis_name), axis_name)
         RNGS.unless(rngs is None or are_keys(rngs), "vmap_stateful(fn)", rngs)
         axes, arg_axes = axes_by_collection(state, state_axes), axes_by_argument(in_axes, args)
-        size = axis_size or lane_count(params, params_axes, state, axes, args, arg_axes)
-        streams = _streams_of(state, axes, rngs, split_rngs, size)
+        operands = {"params": (params, params_axes), "state": (dict(state), axes)}
+        operands |= {f"args[{i}]": each for i, each in enumerate(zip(args, arg_axes, strict=True))}
+        lanes = lanes_of(operands, axis_size)
+        streams = _streams_of(state, axes, rngs, split_rngs, lanes)
         collections = {name: tree for name, tree in state.items() if name not in streams.shared}
         collection_axes = {name: axes[name] for name in collections}
         run = functools.partial(
@@ -87,7 +89,7 @@ def vmap_stateful(
             (params, collections, streams.keys, *args),
             (params_axes, collection_axes, streams.key_axes, *arg_axes),
             axis_name=axis_name,
-            axis_size=size,
+            axis_size=lanes.number,
             spmd_axis_name=spmd_axis_name,
         )
         lane = functools.partial(_lane, fn, streams, kwargs)
@@ -121,10 +123,10 @@ class _Streams(NamedTuple):
     used: set[str]
 
 
-def _streams_of(state: Tree, axes: Tree, rngs: Any, split: bool | Mapping[str, bool], size: int) -> _Streams:
+def _streams_of(state: Tree, axes: Tree, rngs: Any, split: bool | Mapping[str, bool], lanes: Lanes) -> _Streams:
     shared = {name: state[name] for name in ("rngs",) if name in state and axes[name] is None}
     advanced, own = draw(shared.get("rngs", {}))
-    keys, key_axes = lane_keys((rngs or {}, own), split, size)
+    keys, key_axes = lane_keys((rngs or {}, own), split, lanes)
     return _Streams(rngs is not None, shared, {"rngs": advanced}, keys, key_axes, set())
 
 

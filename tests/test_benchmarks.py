@@ -61,6 +61,16 @@ def test_microbatches_need_less_memory(results: Any) -> None:
     assert row["samples"]["2 microbatches"][0] < 0.7 * row["samples"]["1 microbatch"][0]
 
 
+def test_each_device_of_a_mesh_computes_and_sends_its_share(results: Any) -> None:
+    rows = {row["case"].split(",")[0]: row["samples"] for row in results["mesh"]["rows"]}
+    flops, sent = rows["FLOPs per device"], rows["sent per device"]
+    assert flops["flaxsplit"] == flops["an equal share"]
+    assert flops.get("flaxsplit, Explicit axes", flops["flaxsplit"]) == flops["flaxsplit"]
+    assert flops["by hand, blocks of rows"][0] == 2 * flops["flaxsplit"][0]
+    assert sent["flaxsplit"] == sent["by hand"] == [2 * sent["flaxsplit, shard_map"][0]]
+    assert {count for each in rows["compiles"].values() for count in each} == {1}
+
+
 def test_flaxsplit_compiles_as_often_as_is_possible_at_all(results: Any) -> None:
     rows = results["recompilation"]["rows"]
     for row in rows:

@@ -44,6 +44,30 @@ def test_abstract_initialisation_goes_straight_into_shards() -> None:
             np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_zero_1_splits_the_moments_alone(kind: AxisType) -> None:
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
+    everywhere, cut = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+
+    def loss_fn(params: Any, state: Any, batch: Any) -> Any:
+        return optax.l2_loss(jnp.tanh(batch[0] @ params["a"]) @ params["b"], batch[1]).mean(), state
+
+    params = {"a": jnp.full((10, 64), 0.01), "b": jnp.full((64, 1), 0.01)}
+    single, whole = (fs.init_carry(params, {}, TX, sharding=place) for place in (None, everywhere))
+    places = jax.tree.map(lambda leaf: cut if leaf.ndim else everywhere, whole.opt_state)
+    carry = whole._replace(opt_state=jax.device_put(whole.opt_state, places))
+    step: Any = fs.with_optimizer(loss_fn, TX)
+    jitted = fs.jit_step(fs.assert_max_traces(step), like=carry, batch=cut)
+    for _ in range(5):
+        carry, loss = jitted(carry, (X, Y))
+        single, expected = jax.jit(step)(single, (X, Y))
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for moments in (carry.opt_state[0].mu, carry.opt_state[0].nu):
+        assert {leaf.sharding.shard_shape(leaf.shape)[0] for leaf in jax.tree.leaves(moments)} == {5, 32}
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(carry.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), carry.params, single.params)
+
+
 def step_of(norm_axis: Any, mapped: bool, **options: Any) -> Any:
     """A step over the guide's MLP, of a batch or of one example."""
     apply: Any = fs.with_mutable(MLP(axis_name=norm_axis))

@@ -2,7 +2,8 @@
 
 Compiles full-width steps of few layers over 256 virtual CPU devices, from shapes alone (nothing of it is ever
 allocated), reads their collectives, and takes what one more layer adds times the layers. `--write` puts the tables into
-`docs/scale.md`; `--small` does it all on eight devices and looks that the extrapolation is exact.
+`docs/scale.md`; with `--node` those of eight devices, in microbatches and with ZeRO-1. `--small` does it all with a
+small model on eight devices and looks that the extrapolation is exact.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "scale.md"
 sys.path[:0] = [str(ROOT)]
-SMALL = "--small" in sys.argv
+SMALL = "--small" in sys.argv or "--node" in sys.argv
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 if SMALL else 256}"
 
@@ -53,14 +54,21 @@ TINY = Size(layers=4, width=64, hidden=128, heads=4, words=128, length=16)
 
 
 class Layout(NamedTuple):
-    """A mesh, and how a step is laid over it: parameters over `data`, and over `model` where that is more than one."""
+    """A mesh, and how a step is laid over it: parameters over `data`, and over `model` where that is more than one.
+
+    With `zero_1` params are whole on every device, and what the optimizer and the average keep is laid so.
+    """
 
     data: int
     model: int
     sequences: int  # in the whole batch
+    microbatches: int = 1
+    zero_1: bool = False
 
     def __str__(self) -> str:
-        return f"{self.data * self.model:,} devices: data {self.data} x model {self.model}"
+        axes = f"data {self.data} x model {self.model}" if self.model > 1 or self.data > 8 else f"data {self.data}"
+        parts = f", {self.microbatches} microbatches" if self.microbatches > 1 else ""
+        return f"{self.data * self.model:,} devices: {axes}{', ZeRO-1' if self.zero_1 else ''}{parts}"
 
 
 class Transformer(nn.Module):
@@ -126,7 +134,9 @@ def abstract_carry(size: Size, layout: Layout, place: Any) -> tuple[Any, Any, fs
         return fs.init_carry(params, state | {"ema": params}, TX)
 
     def placed(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec_of(path, leaf)))
+        whole = layout.zero_1 and jax.tree_util.keystr(path).startswith(".params")
+        sharding = NamedSharding(mesh, P() if whole else spec_of(path, leaf))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return model, mesh, jax.tree_util.tree_map_with_path(placed, jax.eval_shape(made))
 
@@ -139,11 +149,11 @@ def compiled(size: Size, layout: Layout) -> tuple[Any, fs.Carry]:
         logits, state = fs.with_mutable(model, mutable=False)(params, state, batch)
         return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch[:, 1:]).mean(), state
 
-    step = fs.jit_step(fs.with_ema(fs.with_optimizer(loss_fn, TX), decay=0.999), like=carry)
+    step = fs.with_ema(fs.with_optimizer(loss_fn, TX, microbatches=layout.microbatches), decay=0.999)
     batch = jax.ShapeDtypeStruct(
         (layout.sequences, size.length), jnp.int32, sharding=NamedSharding(mesh, P("data", None))
     )
-    return step.lower(carry, batch).compile(), carry
+    return fs.jit_step(step, like=carry).lower(carry, batch).compile(), carry
 
 
 _COLLECTIVE = re.compile(
@@ -153,13 +163,18 @@ _COLLECTIVE = re.compile(
 _ARRAY = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
 
 
-def collectives(executable: Any) -> Counter[tuple[str, int]]:
-    """Bytes that come out of the collectives of one device, by kind and number of devices in a group."""
+def collectives(executable: Any, turns: int) -> Counter[tuple[str, int]]:
+    """Bytes that come out of the collectives of one device, by kind and number of devices in a group.
+
+    What is not in the entry is in the loop over microbatches, and happens in each of its turns.
+    """
     sent: Counter[tuple[str, int]] = Counter()
-    for found in _COLLECTIVE.finditer(executable.as_text()):
-        for _, bits, shape in _ARRAY.findall(found["type"]):
-            count = math.prod(int(each) for each in shape.split(",") if each)
-            sent[found["kind"], members_of(found["groups"])] += count * int(bits) // 8
+    loop, _, entry = executable.as_text().rpartition("\nENTRY ")
+    for text, times in ((loop, turns), (entry, 1)):
+        for found in _COLLECTIVE.finditer(text):
+            for _, bits, shape in _ARRAY.findall(found["type"]):
+                count = math.prod(int(each) for each in shape.split(",") if each)
+                sent[found["kind"], members_of(found["groups"])] += times * count * int(bits) // 8
     return sent
 
 
@@ -174,9 +189,14 @@ def members_of(groups: str) -> int:
     return groups.count(",") + 1  # {{0,1,2,3},{4,5,6,7}}
 
 
+def read(size: Size, layout: Layout) -> Counter[tuple[str, int]]:
+    """The collectives of a step, as they are compiled."""
+    return collectives(compiled(size, layout)[0], layout.microbatches)
+
+
 def grown(size: Size, layout: Layout) -> Counter[tuple[str, int]]:
     """The collectives of all layers: what the third layer adds to a step of two, once for each that is left."""
-    two, three = (collectives(compiled(size._replace(layers=layers), layout)[0]) for layers in (2, 3))
+    two, three = (read(size._replace(layers=layers), layout) for layers in (2, 3))
     kinds = two | three
     return Counter({kind: two[kind] + (size.layers - 2) * (three[kind] - two[kind]) for kind in kinds})
 
@@ -225,7 +245,8 @@ def show(size: Size, layouts: list[tuple[Layout, Layout]]) -> Iterator[str]:
         for (kind, axis), (result, ring) in sorted(sent(size, layout, as_compiled).items()):
             wire[axis] += ring
             yield f"| {kind} | `{axis}` | {result / 1e9:.2f} GB | {ring / 1e9:.2f} GB |"
-        yield from ("", *times(size, layout, count, wire))
+        if layout.data * layout.model > 8:
+            yield from ("", *times(size, layout, count, wire))
 
 
 def times(size: Size, layout: Layout, count: int, wire: dict[str, float]) -> Iterator[str]:
@@ -244,26 +265,28 @@ def _as_is(x: Any, _: Any) -> Any:
     return x
 
 
-BEGIN, END = "<!-- scale: begin -->", "<!-- scale: end -->"
-
-
 def main() -> int:
     """Prints the tables, or puts them into the page; with `--small`, checks the arithmetic against a whole compile."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="put the tables into docs/scale.md")
     parser.add_argument("--small", action="store_true", help="eight devices, and a check instead of tables")
+    parser.add_argument("--node", action="store_true", help="the tables of eight devices: microbatches and ZeRO-1")
     options = parser.parse_args()
     if options.small:
-        layout = Layout(4, 2, 8)
-        reckoned, read = grown(TINY, layout), collectives(compiled(TINY, layout)[0])
-        print(f"{TINY.layers} layers on {layout}: reckoned {dict(reckoned)}, compiled {dict(read)}")
-        return 0 if reckoned == read and read else 1
+        exact = True
+        for layout in (Layout(4, 2, 8), Layout(8, 1, 32, 2, zero_1=True)):
+            reckoned, found = grown(TINY, layout), read(TINY, layout)
+            print(f"{TINY.layers} layers on {layout}: reckoned {dict(reckoned)}, compiled {dict(found)}")
+            exact = exact and reckoned == found and bool(found)
+        return 0 if exact else 1
     layouts = [(Layout(256, 1, 1024), Layout(256, 1, 1024)), (Layout(512, 8, 1024), Layout(32, 8, 64))]
-    text = "\n".join(show(FULL, layouts))
+    node = [Layout(8, 1, 128, count, zero_1) for zero_1 in (False, True) for count in (1, 4)]
+    text = "\n".join(show(FULL, [(each, each) for each in node] if options.node else layouts))
     print(text)
     if options.write:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+        begin, end = (f"<!-- {'node' if options.node else 'scale'}: {word} -->" for word in ("begin", "end"))
+        before, _, rest = PAGE.read_text().partition(begin)
+        PAGE.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
     return 0
 
 

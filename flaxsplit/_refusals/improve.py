@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from flaxsplit._describe import describe, form_of, is_array, keyed_leaves, same_structure
 from flaxsplit._errors import Explained, Guess, Refusal, SignatureError, UnsyncedStateError, UntouchedStateWarning
+from flaxsplit._upstream import is_about_explicit, is_about_mask
 
 from .options import LISTED, form, function, unbound
 
@@ -143,12 +144,16 @@ def _unlike_a_loss(loss: Any) -> tuple[str, str]:
 
 
 @Guess
-def WHOLE(error: Exception, batch: Any, further: Any, count: int) -> Explained:  # noqa: N802
-    """An error in a microbatch: ours, where a further argument has as many rows as the batch; else its own."""
+def UNCOMPUTED(error: Exception, params: Any, batch: Any, further: Any, count: int) -> Explained:  # noqa: N802
+    """An error in the loss: ours, where it has one of two causes that its words do not say; else its own."""
+    if isinstance(error, Explained):
+        raise error
+    if is_about_explicit(error):
+        return _untold(error, params, batch)
     rows = {leaf.shape[0] for leaf in jax.tree.leaves(batch) if is_array(leaf) and leaf.shape}
     leaves = {name: leaf for tree in further for name, leaf in keyed_leaves(tree, "argument").items() if is_array(leaf)}
     whole = [f"{name}: {describe(leaf)}" for name, leaf in leaves.items() if leaf.shape and leaf.shape[0] in rows]
-    if count == 1 or not whole or isinstance(error, Explained):
+    if count == 1 or not whole or not isinstance(error, TypeError | ValueError):
         raise error
     return SignatureError(
         "value_and_grad(loss_fn, microbatches=...)",
@@ -156,4 +161,23 @@ def WHOLE(error: Exception, batch: Any, further: Any, count: int) -> Explained: 
         [*whole, f"{type(error).__name__} in loss_fn"],
         "the batch was passed as several arguments",
         "def loss_fn(params, state, batch): x, y = batch; ..., and step(carry, (x, y))",
+    )
+
+
+def _untold(error: Exception, params: Any, batch: Any) -> Explained:
+    """On a mesh of Explicit axes, which `jax.make_mesh` makes, JAX places no result and gathers no weight by itself."""
+    leaves = keyed_leaves(params, "params") | keyed_leaves(batch, "batch")
+    split = [f"{path}: {describe(leaf)}" for path, leaf in leaves.items() if "@" in describe(leaf)]
+    cause = "an operation of the model was written for Auto axes"
+    if is_about_mask(error):
+        cause = "a mask lies elsewhere than what it masks, as that of nn.Dropout does (google/flax#5209)"
+    elif any(line.startswith("params") for line in split):
+        cause = "params are split along an axis of the mesh, and nothing says where they are gathered"
+    return SignatureError(
+        _GRADIENT,
+        "on a mesh of Explicit axes each operation of the loss must say where its result lies",
+        [*split, f"{type(error).__name__} in loss_fn"],
+        cause,
+        "with_optimizer(jax.sharding.auto_axes(loss_fn, out_sharding=NamedSharding(mesh, PartitionSpec())), tx); "
+        "or jax.make_mesh(..., axis_types=(AxisType.Auto,))",
     )
