@@ -102,6 +102,7 @@ def told(run: Callable[[], object]) -> list[Any]:
     """The warnings of a run."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", fs.RetraceWarning)  # equal steps are drawn again
         run()
     return [each.message for each in caught]
 
