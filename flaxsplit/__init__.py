@@ -9,6 +9,7 @@ from ._ema import with_ema as with_ema
 from ._errors import CollectionError as CollectionError
 from ._errors import DroppedStateWarning as DroppedStateWarning
 from ._errors import RetraceError as RetraceError
+from ._errors import RetraceWarning as RetraceWarning
 from ._errors import SignatureError as SignatureError
 from ._errors import StateDriftError as StateDriftError
 from ._errors import UnsyncedStateError as UnsyncedStateError

@@ -33,6 +33,11 @@ class Line(NamedTuple):
 def caller() -> Line:
     """The innermost line that belongs to none of the libraries that call each other here."""
     frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+    while frame.f_back and is_between(frame.f_globals):
         frame = frame.f_back
     return Line(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
+
+
+def is_between(scope: dict[str, Any]) -> bool:
+    """Whether these are the globals of one of those libraries."""
+    return str(scope.get("__name__", "")).partition(".")[0] in _BETWEEN

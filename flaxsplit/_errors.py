@@ -61,6 +61,10 @@ class RetraceError(Explained, RuntimeError):
     """A function was traced more often than allowed; the message is the table of what changed."""
 
 
+class RetraceWarning(Explained, UserWarning):
+    """A step is made anew, and JAX compiles it again. Given while tracing."""
+
+
 class UntouchedStateWarning(Explained, UserWarning):
     """What a call should change stays: no leaf of a mutable collection is written, or no param reaches the loss."""
 

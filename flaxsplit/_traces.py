@@ -11,9 +11,11 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
+from ._again import Traced
+from ._caller import caller
 from ._checks import check_count, checked
 from ._describe import abstract
-from ._refusals.watch import RETRACED, TRACED
+from ._refusals.watch import REMADE, RETRACED, TRACED
 from ._wraps import name_of
 
 P = ParamSpec("P")
@@ -30,6 +32,7 @@ def assert_max_traces(fn: Callable[P, R], max_traces: int = 1) -> Callable[P, R]
 
     Law: `jit_step(assert_max_traces(step))` computes what `jit_step(step)` does, in the same time: it counts while
     tracing, and adds nothing to the compiled step. Under `jax.disable_jit` nothing is traced or counted.
+    A step that is made anew for each epoch has a count of its own; it is recognised by its code, and told.
 
     >>> import jax, jax.numpy as jnp, flaxsplit as fs
     >>> double = jax.jit(fs.assert_max_traces(lambda x: 2 * x))
@@ -46,12 +49,17 @@ def assert_max_traces(fn: Callable[P, R], max_traces: int = 1) -> Callable[P, R]
     Raises:
         RetraceError: at one trace more; names each leaf and static value that differs from the nearest earlier trace.
 
+    Warns:
+        RetraceWarning: more than `max_traces` functions that this very line made, of the same code over equal values,
+            were traced with equal arguments. Other models, hyperparameters or sizes are other values.
+
     As `chex.assert_max_traces`, but it says why.
     """
     TRACED.unless(callable(fn), fn=fn)
     check_count("assert_max_traces(fn, max_traces=...)", max_traces)
     seen: list[dict[str, Any]] = []
-    lock = threading.Lock()
+    lock, line = threading.Lock(), caller()
+    one = Traced(fn, line)
 
     @functools.wraps(fn)
     def counted(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -61,6 +69,8 @@ def assert_max_traces(fn: Callable[P, R], max_traces: int = 1) -> Callable[P, R]
         with lock:
             RETRACED.unless(len(seen) < max_traces, name_of(fn), seen, call, max_traces)
             seen.append(call)
+        if one.again(call) > max_traces:
+            REMADE.warn(name_of(fn), max_traces, at=line)
         return fn(*args, **kwargs)
 
     return counted

@@ -3,6 +3,7 @@
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -19,10 +20,10 @@ import flaxsplit as fs
 from flaxsplit import _linear
 
 from . import strategies as some
-from .drawn_models import BatchNorm, Dropout, Model, Remember
+from .drawn_models import BatchNorm, Dropout, Model, Remember, Stack
 from .flags import needs_jit
 from .models import Dropping
-from .test_fuzz import applied, error
+from .test_fuzz import applied, begun, error, wrapped
 from .test_messages import whole
 
 X = jax.random.normal(jax.random.key(0), (8, 3), jnp.float32)
@@ -101,6 +102,7 @@ def told(run: Callable[[], object]) -> list[Any]:
     """The warnings of a run."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", fs.RetraceWarning)  # equal steps are drawn again
         run()
     return [each.message for each in caught]
 
@@ -457,23 +459,64 @@ def test_a_right_loss_is_traced_once_and_a_wrong_one_twice() -> None:
 # Drawn
 
 
-@some.fuzzed(model=some.models(), data=st.data(), mistake=st.sampled_from(["none", "dropped", "stale", "forked"]))
-def test_each_planted_mistake_is_found(model: Model, data: st.DataObject, mistake: str) -> None:
+CALLS = st.sampled_from(["one", "two", "read", "copied"])
+MISTAKES = st.sampled_from(["dropped", "stale", "forked", "reused"])
+
+
+def drawn_loss(model: Model, stack: Stack, calls: str) -> Loss:
+    """A loss over the function of a stack: right in several ways, or with a mistake."""
+    by_hand = calls == "reused"
+    fn = applied(model, replace(stack, functions=("vmap",) * ("vmap" in stack.functions)) if by_hand else stack)
+    only_reads = applied(model, stack, mutable=False)
+
+    def loss_fn(params: Any, state: Any, batch: Any, weight: Any = 1.0) -> tuple[Any, Any]:
+        keys = {"rngs": {"dropout": jax.random.fold_in(KEY, 1)}} if by_hand else {}
+        one, first = fn(params, state, batch[0], **keys)
+        loss = weight * error(model, one, batch[1])
+        if calls == "one":
+            return loss, first
+        if calls == "read" and not model.cached and not model.has(Remember):  # these write in either mode
+            two, second = only_reads(params, first, batch[0], train=False)
+            second = {**first, "rngs": second["rngs"]} if "rngs" in first else first
+        else:
+            again = {"forked": state, "copied": jax.tree.map(jnp.copy, first)}.get(calls, first)
+            two, second = fn(params, again, batch[0], **keys)
+        returned = {"stale": first, "copied": first, "dropped": state}.get(calls, second)
+        return loss + error(model, two, batch[1]), returned
+
+    return loss_fn
+
+
+def traced(model: Model, stack: Stack, calls: str, several: bool) -> None:
+    """Traces the step of a whole stack around such a loss; nothing is compiled, not even what makes the variables."""
+    unused = {"ema"} if "ema" not in stack.steps else set[str]()
+    unused |= {"rngs"} if calls == "reused" else set[str]()
+
+    def made() -> Any:
+        params, state = begun(model, stack)
+        carry = fs.init_carry(params, {name: tree for name, tree in state.items() if name not in unused}, TX)
+        batch = model.batch(0)
+        return carry, jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), batch) if several else batch
+
+    step = wrapped(stack, drawn_loss(model, stack, calls), TX, 1)
+    jax.eval_shape(fs.scan_steps(step) if several else step, *jax.eval_shape(made))
+
+
+@some.fuzzed(model=some.models(), data=st.data(), calls=CALLS, several=st.booleans())
+def test_a_drawn_right_program_warns_of_nothing(model: Model, data: st.DataObject, calls: str, several: bool) -> None:
+    """Over every layer and stack: calls one after the other, one that only reads, one whose update is not kept."""
+    stack = data.draw(some.stacks(model, microbatches=[1, 2]))
+    assert told(lambda: traced(model, stack, calls, several)) == []
+
+
+@some.fuzzed(model=some.models(), data=st.data(), mistake=MISTAKES, several=st.booleans())
+def test_each_planted_mistake_is_found(model: Model, data: st.DataObject, mistake: str, several: bool) -> None:
     """Over every layer and stack; a model that keeps nothing and draws nothing has nothing to lose."""
     stack = data.draw(some.stacks(model, microbatches=[1, 2]))
-    fn, (params, state) = applied(model, stack), model.halves()
-
-    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
-        one, first = fn(params, state, batch[0])
-        two, second = fn(params, state if mistake == "forked" else first, batch[0])
-        loss = error(model, one, batch[1]) + error(model, two, batch[1])
-        return loss, {"none": second, "forked": second, "stale": first, "dropped": state}[mistake]
-
-    step = fs.with_optimizer(loss_fn, TX, microbatches=stack.microbatches)
-    carry = fs.init_carry(params, state, TX)
-    warned = [each for each in told(lambda: jax.eval_shape(step, carry, model.batch(0))) if "'ema'" not in str(each)]
+    warned = told(lambda: traced(model, stack, mistake, several))
     keeps = model.has(BatchNorm) or model.has(Remember) or model.has(Dropout) or model.cached
-    assert [type(each) for each in warned] == [fs.DroppedStateWarning] * (keeps and mistake != "none")
+    is_mistake = model.has(Dropout) if mistake == "reused" else keeps
+    assert [type(each) for each in warned] == [fs.DroppedStateWarning] * is_mistake
 
 
 # Params that no gradient reaches

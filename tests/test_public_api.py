@@ -19,6 +19,7 @@ CLASSES = {
     "StateDriftError": TypeError,
     "UnsyncedStateError": ValueError,
     "RetraceError": RuntimeError,
+    "RetraceWarning": UserWarning,
     "UntouchedStateWarning": UserWarning,
     "DroppedStateWarning": UserWarning,
     "CompileLog": object,
@@ -77,7 +78,7 @@ def test_every_public_docstring_has_an_example_and_what_comes_out(name: str) -> 
 
 
 _LINES = (
-    "_types _describe _wraps _paths _upstream _caller _context _errors",
+    "_types _describe _wraps _paths _upstream _caller _again _context _errors",
     "_refusals.options _refusals.apart _refusals.run _refusals.upstream _refusals.apply _refusals.linear",
     "_refusals.lanes _refusals.carry _refusals.adopt _refusals.improve _refusals.update _refusals.keep",
     "_refusals.many _refusals.watch _refusals.explain _refusals.nnx",

@@ -1,6 +1,11 @@
 """A step compiles exactly once: 20 steps in every situation that is known to compile again, counted."""
 
+import functools
+import gc
+import inspect
 import threading
+import warnings
+import weakref
 from typing import Any
 
 import flax.linen as nn
@@ -14,9 +19,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
+from flaxsplit import _again
+from flaxsplit._caller import caller
 
 from .flags import needs_jit, needs_promotion, needs_x32
 from .models import MLP, BiasAdder, Block, Coder, Dropping, Sowing, Two, X, Y
+from .test_messages import whole
 
 pytestmark = needs_jit
 STEPS = 20
@@ -429,3 +437,133 @@ def test_without_jit_nothing_is_counted() -> None:
     jitted(jnp.ones(3))
     with pytest.raises(fs.RetraceError, match=r"traced 2 times"):
         jitted(jnp.ones(4))
+
+
+# Steps made anew
+
+
+def squared(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
+    """A loss without a model."""
+    return ((params["w"] * batch) ** 2).sum(), state
+
+
+RATE = 1.0
+
+
+def by_a_global(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
+    """A loss whose number is one of its module."""
+    return RATE * (params["w"] * batch).sum(), state
+
+
+def made(loss_fn: Any = squared, tx: Any = TX, most: int = 1) -> Any:
+    """A step, made anew at each call."""
+    return fs.assert_max_traces(fs.with_optimizer(loss_fn, tx), most)
+
+
+def over_a_model(model: Any) -> Any:
+    """A loss over a model."""
+    apply = fs.with_mutable(model)
+
+    def loss_fn(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
+        out, state = apply(params, state, batch)
+        return (out**2).mean(), state
+
+    return loss_fn
+
+
+def traced(steps: Any, params: Any = None, batch: Any = None) -> list[Any]:
+    """Traces each step, and gives what was told."""
+    _again._seen.clear()  # pyright: ignore[reportPrivateUsage]
+    params = {"w": jnp.ones(3)} if params is None else params
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in steps:
+            jax.eval_shape(step, fs.Carry(jnp.int32(0), params, {}, TX.init(params)), X[0] if batch is None else batch)
+    return [each.message for each in caught]
+
+
+def test_a_step_made_anew_for_each_epoch_is_told() -> None:
+    x = jnp.ones(3)
+    first, second = traced((made() for _ in range(3)), batch=x)
+    assert isinstance(first, fs.RetraceWarning)
+    assert str(first) == whole(
+        """
+        assert_max_traces(squared, max_traces=1): a step must be made once, and not anew for each epoch
+          got:
+            another function, of the same code over equal values, was traced with equal arguments
+          likely cause: the step is made in a loop, or in a function that is called for each epoch, and JAX compiles \
+each
+          fix: step = jit_step(...) once, before the loop; or a higher max_traces, if each is meant
+        """
+    )
+    assert str(second) == str(first)
+    step = fs.jit_step(made())
+    assert traced([step] * 3, batch=x) == [], "its fix"
+    assert traced((made(most=3) for _ in range(3)), batch=x) == [], "its other fix"
+    params = nn.Dense(2).init(KEY, x)["params"]
+    named = functools.partial(lambda _, *args: squared(*args), "a")
+    assert len(traced((made(over_a_model(nn.Dense(2)), optax.adam(1e-2)) for _ in range(2)), params, x)) == 1
+    assert len(traced((made(functools.partial(named, *())) for _ in range(2)), batch=x)) == 1
+
+
+def test_it_points_at_the_line_that_makes_the_step_and_is_shown_once() -> None:
+    _again._seen.clear()  # pyright: ignore[reportPrivateUsage]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(4):
+            jax.jit(fs.assert_max_traces(squared))({"w": X}, {}, X)
+    line = inspect.getsourcelines(test_it_points_at_the_line_that_makes_the_step_and_is_shown_once)[1] + 5
+    assert [(each.filename, each.lineno) for each in caught] == [(__file__, line)]
+
+
+def test_steps_for_other_models_numbers_sizes_and_lines_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = jnp.ones(3)
+    params = nn.Dense(2).init(KEY, x)["params"]
+    assert traced((made(over_a_model(nn.Dense(2, use_bias=bias))) for bias in (True, False)), params, x)[1:] == []
+    assert traced((made(tx=optax.adam(rate)) for rate in (0.1, 0.2)), batch=x) == []
+    assert traced((made(lambda p, s, b, n=n: squared(p, s, n * b)) for n in (1, 2)), batch=x) == []
+    arrays = [jnp.ones(3), jnp.zeros(3)]
+    assert traced((made(lambda p, s, b, y=y: squared(p, s, y * b)) for y in arrays), batch=x) == []
+    assert traced([made(), fs.assert_max_traces(fs.with_optimizer(squared, TX))], batch=x) == []
+    assert traced([made()], batch=x) + traced([made()], batch=jnp.ones((4, 3))) == []
+
+    def rated() -> Any:
+        for rate in (1.0, 2.0):
+            monkeypatch.setitem(globals(), "RATE", rate)
+            yield made(by_a_global)
+
+    assert traced(rated(), batch=x) == []
+
+
+def test_what_is_known_of_functions_keeps_nothing_alive_and_is_bounded() -> None:
+    big = np.ones(3)
+    gone = weakref.ref(big)
+    assert traced([made(lambda p, s, b, y=big: squared(p, s, y * b))], batch=jnp.ones(3)) == []
+    del big
+    gc.collect()
+    assert gone() is None
+    _again._seen.clear()  # pyright: ignore[reportPrivateUsage]
+    for rate in range(300):
+        assert _again.Traced(functools.partial(squared, rate), caller()).again(()) == 1
+    assert len(_again._seen) == 256  # pyright: ignore[reportPrivateUsage]
+    around: list[Any] = []
+    around.append(around)
+    assert _again.fingerprint(around) is not None
+    assert _again.fingerprint([[i] for i in range(9000)]) is None
+
+
+def test_threads_are_counted_together() -> None:
+    _again._seen.clear()  # pyright: ignore[reportPrivateUsage]
+    barrier, counts, line = threading.Barrier(8), list[int](), caller()
+
+    def work() -> None:
+        one = _again.Traced(squared, line)
+        barrier.wait()
+        counts.append(one.again(()))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(counts) == [*range(1, 9)]

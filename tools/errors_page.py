@@ -26,6 +26,7 @@ CLASSES = (
     fs.StateDriftError,
     fs.UnsyncedStateError,
     fs.RetraceError,
+    fs.RetraceWarning,
     fs.UntouchedStateWarning,
     fs.DroppedStateWarning,
 )

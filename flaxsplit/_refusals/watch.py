@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flaxsplit._describe import Difference, differences
-from flaxsplit._errors import Explained, Guess, RetraceError
+from flaxsplit._errors import Explained, Guess, RetraceError, RetraceWarning
 from flaxsplit._upstream import is_under_pmap
 
 from .options import form
@@ -32,6 +32,18 @@ def RETRACED(name: str, seen: Sequence[Any], call: dict[str, Any], most: int) ->
         [str(each) for each in changed] or ["no argument changed"],
         cause,
         fix,
+    )
+
+
+@Guess
+def REMADE(name: str, most: int) -> Explained:  # noqa: N802 (a row as the others are)
+    """A function that the same lines made of the same things before, and that was traced with equal arguments then."""
+    return RetraceWarning(
+        f"assert_max_traces({name}, max_traces={most})",
+        "a step must be made once, and not anew for each epoch",
+        ["another function, of the same code over equal values, was traced with equal arguments"],
+        "the step is made in a loop, or in a function that is called for each epoch, and JAX compiles each",
+        "step = jit_step(...) once, before the loop; or a higher max_traces, if each is meant",
     )
 
 

@@ -147,6 +147,7 @@ for error in (
     fs.StateDriftError("", "", [], "", ""),
     fs.UnsyncedStateError("", "", [], "", ""),
     fs.RetraceError("", "", [], "", ""),
+    fs.RetraceWarning("", "", [], "", ""),
     fs.UntouchedStateWarning("", "", [], "", ""),
     fs.DroppedStateWarning("", "", [], "", ""),
 ):
