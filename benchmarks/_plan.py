@@ -78,7 +78,7 @@ class Plan:
         result = self.results.setdefault(item.claim, m.Result(item.claim, statement, [], effort.name))
         rows: list[m.Row] = []
         begun: list[tuple[str, float]] = []
-        expected = SMOKE if effort.name == "smoke" else item.seconds
+        expected = min(SMOKE, max(0.0, end - self.clock())) if effort.name == "smoke" else item.seconds
 
         def finish() -> None:
             nonlocal expected

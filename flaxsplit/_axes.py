@@ -108,6 +108,8 @@ def devices_along(leaf: Any) -> int:
 
 def put_back(before: Any, after: Any) -> Any:
     """A leaf where the one before it lies, if their types say so and differ."""
+    if after is before:
+        return after
     old, new = _place_in_type(before), _place_in_type(after)
     if getattr(old, "spec", None) == getattr(new, "spec", None):
         return after

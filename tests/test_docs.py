@@ -113,7 +113,7 @@ def test_no_code_is_left_out() -> None:
     """Python in a page is a session, which is run above, or named for a test of its own beside it."""
     code = {name(page): re.findall(r"(.*)\n```python", page.read_text()) for page in PAGES}
     assert [page for page, lines in code.items() if not all(line.startswith("<!-- test: ") for line in lines)] == []
-    assert {page for page, lines in code.items() if lines} == {"README.md", "docs/nnx.md"}
+    assert {page for page, lines in code.items() if lines} == {"README.md", "docs/nnx.md", "docs/sharding.md"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

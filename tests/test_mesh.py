@@ -656,6 +656,23 @@ def carry_on(mesh: Mesh) -> fs.Carry:
     return fs.init_carry(jax.device_put({"w": jnp.ones((10, 1))}, on(mesh)), {}, TX)
 
 
+@pytest.mark.skipif(not hasattr(jax.sharding, "reshard"), reason="the page says it as newer JAX does")
+def test_the_lines_that_the_page_shows() -> None:
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "sharding.md").read_text()
+    lines = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", page, re.DOTALL))
+    mesh = line(EXPLICIT)
+    names: dict[str, Any] = {"fs": fs, "jax": jax, "NamedSharding": NamedSharding, "P": P, "mesh": mesh, "tx": TX}
+    exec(lines["gathered"], names)  # noqa: S102 (the page's own code)
+    gathered = fs.with_optimizer(names["loss_fn"], TX, microbatches=2)
+    names["loss_fn"] = lambda params, state, batch: (((batch @ params["w"]) ** 2).mean(), state)
+    exec(lines["told"], names)  # noqa: S102
+    carry = fs.init_carry({"w": jax.device_put(jnp.ones((8, 4)), on(mesh, "data"))}, {}, TX)
+    for step in (gathered, names["step"]):
+        after, loss = jax.jit(step)(carry, jax.device_put(jnp.ones((32, 8)), on(mesh, "data")))
+        assert after.params["w"].sharding.is_equivalent_to(on(mesh, "data"), 2)
+        assert float(loss) == 64
+
+
 def test_an_axis_that_does_not_exist() -> None:
     step = fs.with_optimizer(regression, TX, axis_name="dta")
     with pytest.raises(fs.SignatureError) as caught:

@@ -53,7 +53,7 @@ def test_what_the_readme_says_of_compiles_is_in_its_table() -> None:
 
 
 def test_the_checkers_line_is_one_that_they_say() -> None:
-    (line,) = (line for line in README.splitlines() if line.startswith("apply(") and "trian" in line)
+    (line,) = (line.removeprefix(">>> ") for line in README.splitlines() if line.startswith(">>> apply("))
     wrong = (pathlib.Path(__file__).parent / "typing" / "wrong.py").read_text()
     assert f"{line}  # type: ignore[call-arg]" in wrong
 

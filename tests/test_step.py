@@ -1,5 +1,6 @@
 """`with_optimizer` beside its laws: several devices, optax's extra arguments, what a failing or donated step leaves."""
 
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -91,7 +92,8 @@ def test_value_fn_is_the_loss_on_the_same_batch_and_state() -> None:
     seen: dict[str, Any] = {}
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        seen.update(value=extra["value"], again=extra["value_fn"](params), same=extra["grad"] is updates)
+        seen.update(value=extra["value"], again=extra["value_fn"](params))
+        seen["same"] = jax.tree.all(jax.tree.map(operator.is_, extra["grad"], updates))
         return updates, state
 
     tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
