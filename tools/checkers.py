@@ -1,11 +1,14 @@
 """Runs type checkers over the type tests and the recipes, and reads what they find."""
 
+import functools
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -48,13 +51,13 @@ def run_mypy(folder: pathlib.Path, setting: Setting) -> set[Finding]:
     return {Finding(*(each[name] for name in fields)) for each in found if each["severity"] == "error"}
 
 
-def run_pyright(folder: pathlib.Path, setting: Setting) -> set[Finding]:
-    """Runs pyright in strict mode with nothing switched off."""
+def run_pyright(folder: pathlib.Path, setting: Setting, program: str = "pyright") -> set[Finding]:
+    """Runs pyright, or what is made from it, in strict mode with nothing switched off."""
     config = {"include": READ, "typeCheckingMode": "strict", "enableTypeIgnoreComments": False}
     if setting.stubs:
         config["stubPath"] = os.path.relpath(setting.stubs, folder)
     (folder / "pyrightconfig.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", setting.python]
+    command = [sys.executable, "-m", program, "--outputjson", "--pythonpath", setting.python]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode > 1:
         raise SystemExit(done.stdout + done.stderr)
@@ -94,6 +97,18 @@ def run_pyrefly(folder: pathlib.Path, setting: Setting) -> set[Finding]:
     return {Finding(*(each[name] for name in fields)) for each in found if each["severity"] == "error"}
 
 
+def run_zuban(folder: pathlib.Path, setting: Setting) -> set[Finding]:
+    """Runs zuban as `mypy --strict` is run. It has no JSON."""
+    options = ["--strict", "--show-column-numbers", "--config-file", str(ROOT / "pyproject.toml")]
+    options += ["--python-executable", setting.python]
+    env = os.environ | {"MYPYPATH": str(setting.stubs or "")}
+    command = [str(pathlib.Path(sys.executable).parent / "zmypy"), *options, *READ]
+    lines = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True).stdout.splitlines()
+    found = filter(None, (re.fullmatch(r"(.+):(\d+):(\d+): error: (.*)  \[([\w-]+)\]", line) for line in lines))
+    groups = (match.groups() for match in found)
+    return {Finding(file, int(line), int(column), code, said) for file, line, column, said, code in groups}
+
+
 def read_json(*command: str, cwd: pathlib.Path) -> Any:
     """Runs a checker and reads its JSON. A checker returns 1 where it found something."""
     done = subprocess.run([sys.executable, "-m", *command], cwd=cwd, capture_output=True, text=True)
@@ -102,4 +117,7 @@ def read_json(*command: str, cwd: pathlib.Path) -> Any:
     return json.loads(done.stdout)
 
 
-RUN = {"mypy": run_mypy, "pyright": run_pyright, "ty": run_ty, "pyrefly": run_pyrefly}
+Run = Callable[[pathlib.Path, Setting], set[Finding]]
+RUN: dict[str, Run] = {"mypy": run_mypy, "pyright": run_pyright, "ty": run_ty, "pyrefly": run_pyrefly}
+# Reported, and not checked.
+REPORTED: dict[str, Run] = {"basedpyright": functools.partial(run_pyright, program="basedpyright"), "zuban": run_zuban}

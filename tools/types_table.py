@@ -1,8 +1,8 @@
 """Counts what mypy, pyright, ty and pyrefly reject, and fails where flaxsplit lets a mistake pass or invents one.
 
-`python tools/types_table.py --write` also writes `docs/types.md`, and what the README shows. To be run where flaxsplit
-and the overlay of `stubs/` are installed. "Without the overlay" is the same environment once more, with all but the
-overlay linked into it.
+`python tools/types_table.py --write` also writes `docs/types.md`, and what the README shows; it needs basedpyright and
+zuban, too. To be run where flaxsplit and the overlay of `stubs/` are installed. "Without the overlay" is the same
+environment once more, with all but the overlay linked into it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from tools.checkers import READ, RUN, Finding, Setting  # noqa: E402 (found beside this file)
+from tools.checkers import READ, REPORTED, RUN, Finding, Setting  # noqa: E402 (found beside this file)
 
 TESTS, RECIPES = ROOT / "tests" / "typing", ROOT / "examples" / "recipes"
 PAGE = ROOT / "docs" / "types.md"
@@ -268,6 +268,11 @@ of types that JAX leaves open (`reportUnknown...`) is not counted as a rejection
 
 {wrong}
 
+Two more checkers, reported and not part of the checks, without the overlay: zuban does not read stubs that cover a part
+of a package. A false error is counted as below.
+
+{reported}
+
 ## False errors in ordinary training code
 
 {false_summary}
@@ -330,6 +335,19 @@ def measure(folder: pathlib.Path) -> dict[str, dict[str, set[Finding]]]:
     return {name: dict(zip(CHECKERS, each, strict=True)) for name, each in zip(settings, found, strict=True)}
 
 
+def reported(folder: pathlib.Path) -> str:
+    """What the checkers say that nothing depends on."""
+    bare, stubs = without_overlay(folder / "bare"), read_as_any("flaxsplit", folder / "any_flaxsplit")
+    tests, wrong, rows = copied(folder / "copy"), calls(TESTS / "wrong.py"), []
+    for checker, run in REPORTED.items():
+        typed, untyped = run(tests, Setting(bare)), run(tests, Setting(bare, stubs))
+        ours = {each for each in typed - untyped if each.file.startswith("examples/") and not OPEN.fullmatch(each.code)}
+        passed = [call.text for call in wrong if not codes_at(typed, "tests/typing/wrong.py", call.line)]
+        misses = ", ".join(f"`{text}`" for text in passed) or "none"
+        rows.append((f"{checker} {version(checker)}", f"{len(wrong) - len(passed)} of {len(wrong)}", len(ours), misses))
+    return table(("checker", "wrong calls rejected", "false errors of flaxsplit", "accepts"), rows)
+
+
 def main() -> int:
     """Measures, says what was found, and returns 1 where flaxsplit is at fault."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -343,12 +361,15 @@ def main() -> int:
     if write:
         versions = {name: version(name) for name in (*CHECKERS, "jax", "flax", "optax")}
         python = ".".join(map(str, sys.version_info[:2]))
+        with tempfile.TemporaryDirectory() as folder:
+            also = reported(pathlib.Path(folder).resolve())
         block = shown(found["typed"], found["bare"])
         README.write_text(BLOCK.sub(lambda _: block, README.read_text()))
         PAGE.write_text(
             TEXT.format(
                 **versions,
                 python=python,
+                reported=also,
                 wrong=wrong.page,
                 wrong_summary=wrong.summary,
                 false=false.page,
