@@ -39,8 +39,6 @@ def _is_itself(look: Look, out: int) -> bool:
 
 def _kept(look: Look) -> Iterator[Found]:
     """Leaves that come back as they came: which of them should not have."""
-    if not look.trains:
-        return
     flow, own = look.flow, set(_OWN)
     kept = [leaf for leaf in _unchanged(look) if not _is_key(leaf) and not set(leaf.names) & own]
     touched = [leaf for leaf in kept if flow.touched >> leaf.at & 1]
@@ -49,7 +47,8 @@ def _kept(look: Look) -> Iterator[Found]:
     dropped = [leaf for leaf in touched if flow.remade >> leaf.at & ~(live >> leaf.at) & 1]
     read, same = {leaf.at for leaf in touched if live >> leaf.at & 1}, {leaf.at for leaf in kept}
     still = [leaf for leaf in statistics_of(look) if leaf.at in read and _is_trained_around(look, leaf, same)]
-    for kind, leaves in (("state dropped", dropped), ("statistics unchanged", still), ("never read", never)):
+    others = (("statistics unchanged", still), ("never read", never)) if look.trains else ()
+    for kind, leaves in (("state dropped", dropped), *others):
         yield from found(kind, map(_words, leaves), sum(leaf.bytes for leaf in leaves))
 
 

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._checks import is_function, two_of
-from ._describe import kind_of
+from ._checks import is_function
+from ._describe import form_of, kind_of
 from ._flow import Flow
 from ._paths import entry_name
 from ._refusals.explain import CARRY, STEP, TWO_OF_STEP
+from ._refusals.options import unbound
 from ._tally import constants
 from ._tracing import Traced, is_equinox, is_input, is_jit, is_shaped, trace_of
 from ._types import Carry
@@ -113,9 +114,12 @@ def look_at(step: Any, carry: Any, batch: Any, args: Any, kwargs: Any) -> Look:
     """Traces and compiles a step for these arguments."""
     STEP.unless(is_function(step), step=step)
     _check_carry(step, carry)
+    why, _ = unbound(step, (carry, batch, *args), kwargs)
+    TWO_OF_STEP.unless(not why, f"step: {why}")
     begin = time.perf_counter()
     traced = trace_of(step, (carry, batch, *args), kwargs)
-    two_of(traced.result, TWO_OF_STEP, "(carry, out)")
+    result = traced.result
+    TWO_OF_STEP.unless(isinstance(result, tuple) and len(result) == 2, form_of(result))
     between = time.perf_counter()
     compiled = _compiled(traced.lower)
     return _look(step, carry, traced, compiled, (between - begin, time.perf_counter() - between))

@@ -67,7 +67,7 @@ def assert_max_traces(fn: Callable[P, R], max_traces: int = 1) -> Callable[P, R]
             return fn(*args, **kwargs)
         call = {name: abstract(value) for name, value in _named(fn, args, kwargs).items()}
         with lock:
-            RETRACED.unless(len(seen) < max_traces, name_of(fn), seen, call, max_traces)
+            RETRACED.unless(len(seen) < max_traces, fn, seen, call, max_traces)
             seen.append(call)
         if one.again(call) > max_traces:
             REMADE.warn(name_of(fn), max_traces, at=line)

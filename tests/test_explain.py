@@ -473,12 +473,53 @@ def test_a_step_is_a_function() -> None:
 
 
 def test_a_step_returns_two_things() -> None:
-    expected = (
-        "explain_step(step): must return two things: (carry, out)\n  got:\n    f32[4,4]\n"
-        "  likely cause: a result is missing\n  fix: (carry, out)"
-    )
     for wrap in (lambda step: step, jax.jit):
-        assert refusal(wrap(lambda carry, batch: carry["w"]), W) == expected
+        assert refusal(wrap(lambda carry, batch: carry["w"]), W) == (
+            "explain_step(step): step must take and return one carry: step(carry, batch) -> (carry, out)\n"
+            "  got:\n    f32[4,4]\n"
+            "  likely cause: a result is missing, or what the step threads comes and goes as several arguments\n"
+            "  fix: def as_step(carry, batch): *new, out = step(*carry, batch); return tuple(new), out"
+        )
+
+
+def test_a_step_that_returns_the_carry_that_it_was_given() -> None:
+    """What `apply_gradients` gave was not assigned: moments and count are dropped. Params are only read."""
+    tx = optax.adam(1e-3)
+    grads_of = fs.value_and_grad(lambda params, state, batch: (((batch @ params["w"]) ** 2).mean(), state))
+
+    def step(carry: fs.Carry, batch: Any) -> tuple[fs.Carry, Any]:
+        (loss, grads), state = grads_of(carry.params, carry.state, batch)
+        fs.apply_gradients(tx, carry, grads, state)
+        return carry, loss
+
+    report = fs.explain_step(step, fs.init_carry({"w": jnp.ones((3, 2))}, {}, tx), jnp.ones((4, 3)))
+    (finding,) = report.findings
+    assert finding.kind == "state dropped"
+    assert {line.partition(":")[0] for line in finding.leaves} == {
+        "carry.step",
+        "carry.opt_state[0].count",
+        "carry.opt_state[0].mu['w']",
+        "carry.opt_state[0].nu['w']",
+    }
+
+
+@pytest.mark.parametrize("wrap", [lambda step: step, jax.jit])
+def test_a_step_whose_carry_is_in_several_arguments(wrap: Any) -> None:
+    """As most loops by hand have it; the fix, typed as it is printed, is a step that can be looked at."""
+
+    def by_hand(params: Any, count: Any, batch: Any) -> Any:
+        return params - batch.mean(), count + 1, batch.sum()
+
+    step = wrap(by_hand)
+    carry = jnp.ones(3), jnp.int32(0)
+    assert "missing a required argument: 'batch'" in refusal(step, carry)
+    with pytest.raises(fs.SignatureError) as caught:
+        fs.explain_step(step, *carry, jnp.ones(3))
+    assert caught.value.leaves == ("a tuple of 3",)
+    scope = {"step": step}
+    exec(caught.value.fix, scope)  # noqa: S102 (the fix itself)
+    as_step: Any = scope["as_step"]
+    assert {each.kind for each in fs.explain_step(as_step, carry, jnp.ones(3)).findings} <= {"not donated"}
 
 
 def test_a_carry_is_a_tree_of_arrays() -> None:

@@ -939,10 +939,11 @@ def test_arguments_that_the_model_does_not_take() -> None:
       got:
         fn(params, state, f32[10], bool, dict): too many positional arguments
       likely cause: an argument is too many, missing or misspelt, or rngs= was not given by name
-      fix: fn(params, state, x, train=True, rngs={'dropout': key})
+      fix: fn(params, state, x, train), and rngs= by name where with_rngs is not
     """)
     assert isinstance(error.__cause__, TypeError)
     error = fails(fs.SignatureError, apply, params, state, X[0], trian=True, rngs=keys)
+    assert error.fix == "did you mean train=?"
     assert error.leaves == ("fn(params, state, f32[10], trian=, rngs=): got an unexpected keyword argument 'trian'",)
 
 
@@ -1560,7 +1561,7 @@ def test_state_drifts_in_shape() -> None:
       got:
         state['batch_stats']['mean']: f32[10] -> f32[1,10]
       likely cause: the first update gives the state its final shape (keepdims=True?), or a batch axis stayed in
-      fix: state = settle_state(fn, params, state, x), before init_carry
+      fix: state = settle_state(loss_fn, params, state, batch), before init_carry
     """)
     error = fails(fs.StateDriftError, jax.jit(step), fs.init_carry(params, state, TX), X)
     assert str(error) == whole("""
@@ -1568,7 +1569,7 @@ def test_state_drifts_in_shape() -> None:
       got:
         state['batch_stats']['mean']: f32[10] -> f32[1,10]
       likely cause: the first update gives the state its final shape (keepdims=True?), or a batch axis stayed in
-      fix: state = settle_state(fn, params, state, x), before init_carry
+      fix: state = settle_state(loss_fn, params, state, batch), before init_carry
     """)
     state = fs.settle_state(apply, params, state, X)
     step(fs.init_carry(params, state, TX), X)
@@ -1583,7 +1584,7 @@ def test_state_drifts_in_dtype() -> None:
       got:
         state['stats']['mean']: f32[3] -> bf16[3]
       likely cause: the state is computed in another precision than it is kept in
-      fix: cast in fn, new.astype(old.dtype), or state = settle_state(fn, params, state, x)
+      fix: cast in loss_fn, new.astype(old.dtype), or state = settle_state(loss_fn, params, state, batch)
     """)
 
 
@@ -1800,7 +1801,7 @@ def test_aux_without_has_aux() -> None:
       got:
         out: a tuple of 2
       likely cause: loss_fn returns aux as well
-      fix: value_and_grad(loss_fn, has_aux=True), or with_optimizer likewise
+      fix: value_and_grad(loss_fn, has_aux=True), with_optimizer(loss_fn, tx, has_aux=True)
     """)
     fs.with_optimizer(lambda p, s, b: ((jnp.sum(p["w"]), b), s), TX, has_aux=True)(one(), X)
 
@@ -1813,7 +1814,7 @@ def test_has_aux_without_aux() -> None:
     value_and_grad(loss_fn): loss_fn must return ((loss, aux), new_state) where has_aux=True
       got:
         out: f32[]
-      likely cause: aux is missing
+      likely cause: aux is missing, or is not beside the loss
       fix: return (loss, aux), new_state
     """)
 
@@ -2040,7 +2041,7 @@ def test_a_scanned_carry_drifts() -> None:
       got:
         carry['mean']: f32[3] -> f32[1,3]
       likely cause: the first update gives the state its final shape (keepdims=True?), or a batch axis stayed in
-      fix: state = settle_state(fn, params, state, x), before init_carry
+      fix: state = settle_state(loss_fn, params, state, batch), before init_carry
     """)
 
 
@@ -2053,7 +2054,7 @@ def test_a_scanned_bare_carry_drifts() -> None:
       got:
         carry: f32[3] -> bf16[3]
       likely cause: the state is computed in another precision than it is kept in
-      fix: cast in fn, new.astype(old.dtype), or state = settle_state(fn, params, state, x)
+      fix: cast in loss_fn, new.astype(old.dtype), or state = settle_state(loss_fn, params, state, batch)
     """)
 
 
@@ -2163,7 +2164,33 @@ def test_retrace_for_a_shape() -> None:
         carry.state['batch_stats']['mean']: f32[5] -> f32[1,5]
         batch: f32[32,10] -> f32[7,10]
       likely cause: the call differs from every earlier one, and JAX compiles for each
-      fix: drop or pad the ragged last batch, settle_state before init_carry; or a higher max_traces, if each is meant
+      fix: state = settle_state(loss_fn, params, state, batch) before init_carry; drop or pad the ragged last batch; or a higher max_traces, if each is meant
+    """)  # noqa: E501
+
+
+@needs_jit
+def test_each_change_has_its_own_fix() -> None:
+    carry, other = {"mean": jnp.ones(5), "scale": 1.0}, {"mean": jnp.ones((1, 5)), "scale": jnp.float32(1)}
+    error = retraced((carry, X), (other, X[:7]))
+    assert error.fix.split("; ") == [
+        "state = settle_state(loss_fn, params, state, batch) before init_carry",
+        "init_carry for the carry, jnp.asarray(value, dtype) for Python numbers",
+        "drop or pad the ragged last batch",
+        "or a higher max_traces, if each is meant",
+    ]
+
+
+@needs_jit
+def test_a_count_around_what_is_jitted() -> None:
+    step = fs.assert_max_traces(jax.jit(lambda carry, batch: (carry, batch)))
+    step(X, Y)
+    error = fails(fs.RetraceError, step, X, Y)
+    assert str(error) == whole("""
+    assert_max_traces(<lambda>, max_traces=1): traced 2 times
+      got:
+        no argument changed
+      likely cause: the count is around what is jitted, so that it counts every call
+      fix: step = jit_step(assert_max_traces(step))
     """)
 
 
@@ -2175,7 +2202,7 @@ def test_retrace_for_a_dtype() -> None:
       got:
         batch: f32[32,1] -> bf16[32,1]
       likely cause: the call differs from every earlier one, and JAX compiles for each
-      fix: drop or pad the ragged last batch, settle_state before init_carry; or a higher max_traces, if each is meant
+      fix: jnp.asarray(value, dtype), one dtype in every call; or a higher max_traces, if each is meant
     """)
 
 
@@ -2317,7 +2344,7 @@ def test_the_nearest_of_several_traces_is_shown() -> None:
       got:
         batch['c']: f32[32,10] -> f32[4,10]
       likely cause: the call differs from every earlier one, and JAX compiles for each
-      fix: drop or pad the ragged last batch, settle_state before init_carry; or a higher max_traces, if each is meant
+      fix: drop or pad the ragged last batch; or a higher max_traces, if each is meant
     """)
 
 
@@ -2378,12 +2405,12 @@ OTHER_FORMS: list[tuple[Any, str]] = [
     (
         functools.partial(ANY.init_carry, params={}, state={}, tx=optax.adam),
         "init_carry(params, state, tx): tx must be an optax transformation: it has init and update|"
-        "tx: function|tx = optax.adam(1e-3)",
+        "tx: function|init_carry(params, state, tx), where tx = optax.adam(1e-3)",
     ),
     (
         functools.partial(ANY.with_optimizer, loss_fn=squares, tx=0.1),
         "with_optimizer(loss_fn, tx): tx must be an optax transformation: it has init and update|"
-        "tx: float|tx = optax.adam(1e-3)",
+        "tx: float|with_optimizer(loss_fn, tx), where tx = optax.adam(1e-3)",
     ),
     (
         functools.partial(ANY.vmap_stateful, fn=squares, axis_name=0),

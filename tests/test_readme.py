@@ -28,7 +28,8 @@ def test_before_and_after_are_the_same_bit_for_bit() -> None:
     ours = {"params": carry.params, "state": state, "loss": names["loss"]}
     jax.tree.map(np.testing.assert_array_equal, ours, by_hand)
     assert int(carry.step) == 20
-    exec(BLOCKS["open"], names)  # noqa: S102
+    exec(BLOCKS["evaluate"] + BLOCKS["open"], names)  # noqa: S102
+    assert names["pred"].shape == (64, 1)
     assert sorted(names["logs"]) == ["loss", "norm"]
     assert int(names["carry"].step) == 21
 
@@ -65,7 +66,7 @@ def test_the_readme_names_every_combinator() -> None:
 
 
 def test_all_code_is_run() -> None:
-    assert BLOCKS.keys() == {"model", "before", "after", "open"}
+    assert BLOCKS.keys() == {"model", "before", "after", "evaluate", "open"}
     assert README.count("```python") == len(BLOCKS)
 
 

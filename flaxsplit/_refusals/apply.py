@@ -63,7 +63,8 @@ def ARGUMENTS(error: Exception, stateful: Any, args: Sequence[Any], kwargs: Mapp
         raise error
     given = ", ".join(["params", "state", *map(describe, args[2:]), *(f"{name}=" for name in kwargs)])
     cause = "an argument is too many, missing or misspelt, or rngs= was not given by name"
-    fix = "fn(params, state, x, train=True, rngs={'dropout': key})"
+    near = [close for name in own for close in difflib.get_close_matches(name, names, n=1) if name not in names]
+    fix = f"did you mean {near[0]}=?" if near else f"fn({', '.join(names)}), and rngs= by name where with_rngs is not"
     return SignatureError(FN, f"fn takes ({', '.join(names)})", [f"fn({given}): {why}"], cause, fix)
 
 

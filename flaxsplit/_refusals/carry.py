@@ -167,10 +167,10 @@ def _cause_and_fix(name: str, changed: list[Difference]) -> tuple[str, str]:
         ),
         "shape": (
             "the first update gives the state its final shape (keepdims=True?), or a batch axis stayed in",
-            "state = settle_state(fn, params, state, x), before init_carry",
+            "state = settle_state(loss_fn, params, state, batch), before init_carry",
         ),
         "dtype": (
             "the state is computed in another precision than it is kept in",
-            "cast in fn, new.astype(old.dtype), or state = settle_state(fn, params, state, x)",
+            "cast in loss_fn, new.astype(old.dtype), or state = settle_state(loss_fn, params, state, batch)",
         ),
     }[kind]

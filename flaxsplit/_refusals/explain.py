@@ -18,7 +18,13 @@ CARRY = Refusal(
     "objects or strings are in the carry, or the arguments are in another order",
     "explain_step(step, carry, batch)",
 )
-TWO_OF_STEP = "explain_step(step)"
+TWO_OF_STEP = Refusal(
+    SignatureError,
+    "explain_step(step)",
+    "step must take and return one carry: step(carry, batch) -> (carry, out)",
+    "a result is missing, or what the step threads comes and goes as several arguments",
+    "def as_step(carry, batch): *new, out = step(*carry, batch); return tuple(new), out",
+)
 
 
 class Kind(NamedTuple):
@@ -47,14 +53,15 @@ KINDS = {
         "leaves of the carry come out in another shape: the second call compiles again, and a scan fails",
         "the first value has another shape than what the step makes of it (keepdims=True, a broadcast)",
         "initialize the leaf in the shape that comes out",
-        "state = settle_state(fn, params, state, x) before init_carry",
+        "state = settle_state(loss_fn, params, state, batch) before init_carry",
     ),
     "dtype": Kind(
         "compiles",
         "leaves of the carry come out in another dtype: the second call compiles again, and a scan fails",
         "an operand of another dtype widens the result",
         "leaf.astype(old.dtype) in the step, or initialize the leaf in the dtype that comes out",
-        "state = settle_state(fn, params, state, x) before init_carry; optax.adam(..., mu_dtype=...) for its moments",
+        "state = settle_state(loss_fn, params, state, batch) before init_carry; "
+        "optax.adam(..., mu_dtype=...) for its moments",
     ),
     "weak type": Kind(
         "compiles",
@@ -83,7 +90,8 @@ KINDS = {
         "the step computes a new value from these leaves, drops it, and returns the old one",
         "the new state of a call is not returned",
         "return what module.apply(..., mutable=[...]) gave as the new state, in the carry",
-        "pred, state = apply(params, state, x), and return that state from the loss function",
+        "pred, state = apply(params, state, x), and return that state from the loss function; in a step of your own "
+        "give apply_gradients the state that came with the gradients, and return the carry that it gives",
     ),
     "statistics unchanged": Kind(
         "state",

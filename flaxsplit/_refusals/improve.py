@@ -113,12 +113,12 @@ def MISRETURNED(result: Any, has_aux: bool, params: Any) -> Explained:  # noqa: 
     out = result[0]
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         required = "((loss, aux), new_state) where has_aux=True"
-        cause = LISTED if isinstance(out, list) else "aux is missing"
+        cause = LISTED if isinstance(out, list) else "aux is missing, or is not beside the loss"
         return _misreturned(required, f"out: {form_of(out)}", cause, form)
     loss = out[0] if has_aux else out
     if not has_aux and isinstance(loss, tuple):
-        cause, fix = "loss_fn returns aux as well", "value_and_grad(loss_fn, has_aux=True), or with_optimizer likewise"
-        return _misreturned("a scalar loss first", f"out: {form_of(loss)}", cause, fix)
+        fix = "value_and_grad(loss_fn, has_aux=True), with_optimizer(loss_fn, tx, has_aux=True)"
+        return _misreturned("a scalar loss first", f"out: {form_of(loss)}", "loss_fn returns aux as well", fix)
     cause, instead = _unlike_a_loss(loss)
     return _misreturned("a real scalar loss, f32[]", f"loss: {form_of(loss)}", cause, form.replace("loss", instead, 1))
 

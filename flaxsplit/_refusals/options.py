@@ -21,7 +21,7 @@ def function(where: str, name: str, fix: str) -> Refusal:
     return form(where, f"{name} must be a function, and no module or class", fix)
 
 
-TX = form("$where", "tx must be an optax transformation: it has init and update", "tx = optax.adam(1e-3)")
+TX = form("$where", "tx must be an optax transformation: it has init and update", "$where, where tx = optax.adam(1e-3)")
 AXIS_NAME = form("$where", "$option must be the name of an axis, or a tuple of names", "$option='batch'")
 
 

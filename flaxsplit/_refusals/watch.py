@@ -1,11 +1,13 @@
 """Refusals of what watches the compiler."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from flaxsplit._describe import Difference, differences
 from flaxsplit._errors import Explained, Guess, RetraceError, RetraceWarning
 from flaxsplit._upstream import is_under_pmap
+from flaxsplit._wraps import name_of
 
 from .options import form
 
@@ -13,7 +15,7 @@ TRACED = form("assert_max_traces(fn)", "fn must be a function", "assert_max_trac
 
 
 @Guess
-def RETRACED(name: str, seen: Sequence[Any], call: dict[str, Any], most: int) -> Explained:  # noqa: N802 (a row)
+def RETRACED(fn: Any, seen: Sequence[Any], call: dict[str, Any], most: int) -> Explained:  # noqa: N802 (a row)
     """One trace more than is due, beside the earlier one that is nearest."""
     changed = min((_changed(earlier, call) for earlier in seen), key=len)
     cause = "jax.jit was applied anew to a new function object, its cache or jax.config changed, or fn ran unjitted"
@@ -21,13 +23,16 @@ def RETRACED(name: str, seen: Sequence[Any], call: dict[str, Any], most: int) ->
     if changed:
         cause = "the call differs from every earlier one, and JAX compiles for each"
         fix = _fix(changed) + "; or a higher max_traces, if each is meant"
+    elif hasattr(fn, "lower"):
+        cause = "the count is around what is jitted, so that it counts every call"
+        fix = "step = jit_step(assert_max_traces(step))"
     elif is_under_pmap():
         cause = "jax.pmap traces once more, where its outputs come back as inputs: they are placed as it places them"
         fix = (
             f"jax.pmap(assert_max_traces(step, max_traces={most + 1}), ...); or jax.jit over a mesh, which traces once"
         )
     return RetraceError(
-        f"assert_max_traces({name}, max_traces={most})",
+        f"assert_max_traces({name_of(fn)}, max_traces={most})",
         f"traced {len(seen) + 1} times",
         [str(each) for each in changed] or ["no argument changed"],
         cause,
@@ -58,8 +63,21 @@ def _fix(changed: list[Difference]) -> str:
         return "a step of its own for each choice of trainable: jit_step(assert_max_traces(step)) anew"
     if not all("[" in side for side in sides):
         return "keep the structure, and make static values, tx and functions once, outside the loop"
-    if any("(weak type)" in side for side in sides):
+    return "; ".join(dict.fromkeys(map(_mend, changed)))
+
+
+def _mend(change: Difference) -> str:
+    (before, old), (after, new) = (re.split(r"\W", side, maxsplit=1) for side in (change.before, change.after))
+    if before != after:
+        return "jnp.asarray(value, dtype), one dtype in every call"
+    if _sizes(old) != _sizes(new):
+        if _sizes(old)[1:] == _sizes(new)[1:] and _sizes(old) and _sizes(new):
+            return "drop or pad the ragged last batch"
+        return "state = settle_state(loss_fn, params, state, batch) before init_carry"
+    if "(weak type)" in change.before + change.after:
         return "init_carry for the carry, jnp.asarray(value, dtype) for Python numbers"
-    if any("@" in side for side in sides):
-        return "jit_step(step, like=carry), and every batch put on the mesh alike"
-    return "drop or pad the ragged last batch, settle_state before init_carry"
+    return "jit_step(step, like=carry), and every batch put on the mesh alike"
+
+
+def _sizes(shape: str) -> list[str]:
+    return re.findall(r"\d+", shape.partition("]")[0])
