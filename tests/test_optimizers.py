@@ -136,7 +136,7 @@ def test_gradients_that_are_handed_to_the_optimizer_are_conjugated_too() -> None
         return updates, state
 
     given: Any = update
-    tx = optax.GradientTransformationExtraArgs(optax.init_empty_state, given)
+    tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), given)
     carry = fs.init_carry({"w": jnp.array([1 + 2j])}, {}, tx)
     fs.with_optimizer(lambda p, s, b: (jnp.sum(jnp.abs(p["w"]) ** 2) * b, s), tx)(carry, jnp.float32(1))
     for each in seen:
