@@ -509,6 +509,10 @@ PEERS: Mapping[str, Callable[[Task, Watch], Peer]] = {
 USUAL = (OURS, HAND, TRAIN_STATE, NNX, CACHED + BEST, PARTIAL + BEST, EQUINOX, HAIKU)
 
 
+SAID = ("of the step", "jax_explain_cache_misses logs", "assert_max_traces raises")
+"""Beside the implementations: what is said of a situation."""
+
+
 def missing() -> dict[str, str]:
     """Peers that cannot run here, and why."""
     gone: dict[str, str] = {}

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from . import _measure as m
-from ._peers import USUAL
+from ._peers import SAID, USUAL
 
 HERE = pathlib.Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -96,7 +96,8 @@ def cells(result: m.Result) -> dict[str, dict[str, tuple[str, str]]]:
     for row in result.rows:
         if row.unit == "compiles":
             numbers = {name: f"{each[0]:.0f}" for name, each in row.samples.items()}
-            found[row.case] = {name: (numbers.get(name, ""), words) for name, words in row.notes.items()}
+            told = {name: words for name, words in row.notes.items() if name not in SAID}
+            found[row.case] = {name: (numbers.get(name, ""), words) for name, words in told.items()}
     return found
 
 
@@ -109,16 +110,29 @@ def _matrix(result: m.Result) -> Iterator[str]:
     names = _columns(found)
     traces = {row.case: row.samples for row in result.rows if row.unit == "traces"}
     yield from _grid(found, names)
+    yield from said(result)
     yield "\nWhy, by situation; where traces and compiles differ in number, traces come in brackets:\n"
     for title, row in found.items():
         yield f"- **{title}**"
-        said: dict[str, list[str]] = {}
+        told: dict[str, list[str]] = {}
         for name, (number, words) in row.items():
             traced = f"{traces[title][name][0]:.0f}" if name in traces[title] else ""
             both = number if traced == number else f"{number} ({traced} traces)"
-            said.setdefault(f"{both}: {words}" if number else words, []).append(name)
-        for words, of in said.items():
+            told.setdefault(f"{both}: {words}" if number else words, []).append(name)
+        for words, of in told.items():
             yield f"    - {', '.join(of)}: {words}."
+
+
+def said(result: m.Result) -> Iterator[str]:
+    """What is said where a step compiles again, by JAX and by us."""
+    told = {row.case: row.notes for row in result.rows if row.unit == "compiles" and row.notes.keys() & {*SAID}}
+    if told:
+        yield "\nWhat is said of the second trace, of the plainest step that compiles again:\n"
+        yield f"| situation | {' | '.join(SAID)} |"
+        yield "|---" * (len(SAID) + 1) + "|"
+        for case, notes in told.items():
+            words = (notes[key] for key in SAID)
+            yield f"| {case} | {' | '.join(f'`{each}`' for each in words)} |"
 
 
 def _grid(found: dict[str, dict[str, tuple[str, str]]], names: list[str]) -> Iterator[str]:

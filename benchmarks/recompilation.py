@@ -5,7 +5,9 @@ are unavoidable where two things are computed: train and eval, a static flag tha
 """
 
 import json
+import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +34,7 @@ from ._peers import (
     NNX,
     PARTIAL,
     PEERS,
+    SAID,
     TRAIN_STATE,
     TREE,
     USUAL,
@@ -254,6 +257,37 @@ def reason(name: str, scenario: Scenario) -> str:
     return ""
 
 
+def said_by_jax(name: str, scenario: Scenario) -> str:
+    """What `jax_explain_cache_misses` logs of the second trace."""
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger, before = logging.getLogger("jax"), logging.getLogger("jax").propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    jax.config.update("jax_explain_cache_misses", True)
+    try:
+        count(name, scenario)
+    finally:
+        jax.config.update("jax_explain_cache_misses", False)
+        logger.removeHandler(handler)
+        logger.propagate = before
+    misses = (each.partition("closest previous key:")[2] for each in records)
+    text = next(filter(None, misses), "")
+    changes = re.findall(r"\* (?:at )?(.*?)(?=https?:|$)", text, re.MULTILINE)
+    return str(changes[0]) if changes else text.strip().rpartition("\n")[2].strip()
+
+
+def said(title: str) -> dict[str, str]:
+    """What JAX and what `assert_max_traces` say of one situation, of the plainest step that compiles again in it."""
+    scenario = SCENARIOS[title]
+    for name in (HAND, TRAIN_STATE):
+        if name not in scenario.absent and sum(count(name, scenario)) > 2:
+            told = name, said_by_jax(name, scenario), reason(name, scenario)
+            return {key: words or "nothing" for key, words in zip(SAID, told, strict=True)}
+    return {}
+
+
 def cell(name: str, scenario: Scenario, thorough: bool) -> tuple[tuple[int, int] | None, str]:
     """Traces and compiles, and the sentence that explains them; what changed in the arguments if `thorough`."""
     if name in scenario.absent:
@@ -279,6 +313,8 @@ def cells_of(titles: Sequence[str], names: Sequence[str], thorough: bool, tell: 
     for title in titles:
         tell(title)
         found[title] = {name: cell(name, SCENARIOS[title], thorough) for name in names}
+        if thorough and HAND in names:
+            found[title] |= {key: (None, words) for key, words in said(title).items()}
     return found
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from benchmarks._measure import AGAIN, HAND, OURS, Result, Row, contenders, ratios, summary, verdict
-from benchmarks._report import runs_of, why_none
+from benchmarks._peers import SAID
+from benchmarks._report import cells, runs_of, said, why_none
 
 MIXED = [0.9, 1.5, 1.0, 1.1, 0.8, 1.2, 1.3, 0.95, 1.01]
 ABOUT = {"command": "python -m benchmarks --full", "commit": "abc", "date": "2026-11-26T10:00:00"}
@@ -70,3 +71,13 @@ def test_results_of_several_runs_are_told_apart() -> None:
 def test_what_is_missing_is_not_what_refuses() -> None:
     words = ("refuses a batch of another shape", "skipped: equinox is not installed", "has no such thing")
     assert [why_none(each) for each in words] == ["refuses", "not installed", "-"]
+
+
+def test_what_is_said_of_a_situation_is_a_table_and_no_column() -> None:
+    words = "by hand", "batch[0], now f32[5,8] and before f32[16,8]", "batch[0]: f32[16,8] -> f32[5,8]"
+    told = dict(zip(SAID, words, strict=True))
+    ragged = Row("ragged last batch", "compiles", {HAND: [2.0]}, OURS, notes={HAND: "two shapes", **told})
+    result = Result("recompilation", "", [ragged], "full")
+    assert cells(result) == {"ragged last batch": {HAND: ("2", "two shapes")}}
+    page = "\n".join(said(result))
+    assert "| ragged last batch | `by hand` | `batch[0], now f32[5,8] and before f32[16,8]` | `batch[0]: f32" in page
