@@ -10,6 +10,7 @@ import re
 import sys
 import tomllib
 from collections import Counter
+from importlib.util import find_spec
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -89,6 +90,12 @@ def long(found: Any) -> list[str]:
     ]
 
 
+def _moved(tried: Counter[str]) -> list[str]:
+    """Says that a run is of an older package, where modules of it are no longer there."""
+    gone = [f"`{name}`" for name in tried if not find_spec(f"flaxsplit.{name.removesuffix('.py')}")]
+    return [f"It is of the package of that day: {', '.join(gone)} has been split."] if gone else []
+
+
 def mutants() -> list[str]:
     """How many changes of the package a test noticed, and why the others make no difference."""
     found = json.loads((RESULTS / "mutants.json").read_text())
@@ -117,6 +124,7 @@ def mutants() -> list[str]:
         *(f"| {len(reason['mutants'])} | {reason['why']} |" for reason in reasons),
         "",
         f"`make mutants` on {where(found['about'])}.",
+        *_moved(tried),
         "",
     ]
 
