@@ -42,11 +42,11 @@ demo: $(VENV)/.installed-demo  ## train on handwritten digits
 	@echo "make demo: done"
 
 test: $(VENV)/.installed-test  ## the tests, and every docstring as one
-	$(BIN)/$(PYTEST) $(MOST)
+	$(BIN)/$(PYTEST) -m "not slow and not program"
 	@echo "make test: all tests passed"
 
-slow: $(VENV)/.installed-test  ## the rest: whole benchmark runs, several processes, long trainings
-	$(BIN)/$(PYTEST) -m slow tests
+slow: $(VENV)/.installed-test  ## the rest: recipes, whole benchmark runs, several processes, long trainings
+	$(BIN)/$(PYTEST) -m "slow or program" tests
 	@echo "make slow: all tests passed"
 
 checked: $(VENV)/.installed-test  ## the tests again, every signature checked at run time
