@@ -59,7 +59,7 @@ def declaring(fn: StatefulT, where: str, model: Any = None, leading: int = 0) ->
     """
     of = fn if model is None else model
     hints = _hints_of(of) if TYPECHECKER else {}
-    if not any(map(_says_shapes, hints.values())):
+    if not any(_says_shapes(hint) for hint in hints.values()):
         return fn
     signature, hidden = inspect.signature(of), 0 if model is None else 2
 
@@ -104,8 +104,10 @@ def _is_shape(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray) and "{" not in cast(Any, hint).dim_str
 
 
-def _says_shapes(hint: Any) -> bool:
-    return _is_shape(hint) or any(map(_says_shapes, (*typing.get_args(hint), *_fields_of(hint).values())))
+def _says_shapes(hint: Any, within: tuple[Any, ...] = ()) -> bool:
+    """Looks into what a hint is made of; a class may be a field of itself, as a Linen module's parent is."""
+    parts = () if hint in within else (*typing.get_args(hint), *_fields_of(hint).values())
+    return _is_shape(hint) or any(_says_shapes(part, (*within, hint)) for part in parts)
 
 
 def _fields_of(hint: Any) -> dict[str, Any]:

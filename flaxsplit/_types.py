@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, Protocol, TypeAl
 import jax
 import numpy as np
 import optax
-from flax.core import DenyList, FrozenDict
+from flax.core import DenyList
 from jaxtyping import Array, Int, Key, UInt32
 from typing_extensions import ParamSpec, TypeVar
 
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     AnyParams: TypeAlias = Mapping[str, Any] | optax.Params
     Transformation: TypeAlias = optax.GradientTransformation | optax.MultiSteps
     PRNGKey: TypeAlias = Key[Array, "..."] | UInt32[Array, "... key"]
-else:  # at run time all of optax's trees would let a number pass as params; the others are what runs unchecked, too
-    AnyParams = Mapping[str, Any] | FrozenDict
+else:  # what runs unchecked
+    AnyParams = Any
     Transformation = optax.GradientTransformation | Any
     PRNGKey = Key[Array, "..."] | UInt32[Array | np.ndarray, "... key"] | jax.ShapeDtypeStruct
 """Params as users have them: `optax.apply_updates` is typed as giving any tree at all.

@@ -205,6 +205,13 @@ def test_what_declares_nothing_is_left_as_it_is() -> None:
     assert fs.value_and_grad(sums)({"w": jnp.ones(())}, {}, jnp.ones(3))[0][0] == 1  # `more` is not known
 
 
+def test_a_class_that_is_a_field_of_itself() -> None:
+    """`Module.apply` is one: a Linen module's parent is a module."""
+    apply = fs.with_mutable(Net().apply)
+    params = carry_of().params
+    assert apply(params, {}, jnp.ones((8, 3)))[0].shape == (8, 2)
+
+
 def test_off_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_declared, "TYPECHECKER", "")
     loss_fn = loss_of(slice(None))
