@@ -285,35 +285,33 @@ nothing is switched off.
 
 ## What stays
 
-- `with_optimizer(loss_fn, tx, has_aux=flag)`, where `flag` is no literal: an overload for `bool` would take `True` as
-  well, and with it a loss without aux. Two calls say it: `with_optimizer(..., has_aux=True) if flag else ...`.
-- `init_carry(*halves, tx)`, where `halves` is `Any`: the checkers let `*halves` fill every parameter, and find `tx` to
-  be one too many. `params, state = halves` comes first.
-- `vmap_stateful(lambda ...)`: to mypy a lambda is an untyped function, and so is what comes out, where it is called.
-- `functools.partial(fn, ...)` is a function of any arguments to mypy, and so is what a combinator makes of it. The
-  others keep what is left of the signature.
-- A gradient function that is written inside the call of another combinator, `vmap_stateful(value_and_grad(loss_fn))`:
-  pyright takes its params and its batch for `Any`. Given a name first, it keeps them.
-- A step or a stateful function that is written inside the call of another combinator,
-  `with_ema(with_optimizer(loss_fn, tx), decay=0.9)`: pyrefly takes its further arguments for `Any`. Given a name first,
-  it keeps them. In small: for `def keep(fn: T) -> T`, with `T` bound to a protocol of any arguments, `keep(made(f))`
-  has the arguments of the bound, and `g = made(f); keep(g)` has its own.
-- A class in the place of an instance, `with_mutable(Model)`: pyrefly takes the class of a model for a model. No checker
-  sees it where the first field of the class is a dict: then the class is called as `module.apply` is.
-- A model whose `__call__` has overloads is seen through the first of them by mypy and pyright.
+- `with_optimizer(loss_fn, tx, has_aux=flag)`, where `flag` is not a literal: an overload for `bool` would also accept
+  `True` with a loss that has no aux. Write two calls: `with_optimizer(..., has_aux=True) if flag else ...`.
+- `init_carry(*halves, tx)`, where `halves` is `Any`: the checkers let `*halves` fill every parameter, so `tx` is one
+  too many. Write `params, state = halves` first.
+- `vmap_stateful(lambda ...)`: for mypy a lambda is an untyped function, and so is the result.
+- `functools.partial(fn, ...)`: for mypy it takes any arguments, and so does what a combinator makes of it. The other
+  checkers keep the rest of the signature.
+- A gradient function written inside the call of another combinator, `vmap_stateful(value_and_grad(loss_fn))`:
+  pyright sees its params and its batch as `Any`. Assign it to a name first, and they are kept.
+- A step or a stateful function written inside the call of another combinator,
+  `with_ema(with_optimizer(loss_fn, tx), decay=0.9)`: pyrefly sees its further arguments as `Any`. Assign it to a name
+  first, and they are kept. A minimal example: for `def keep(fn: T) -> T`, with `T` bound to a protocol of any
+  arguments, `keep(made(f))` has the arguments of the bound, and `g = made(f); keep(g)` has its own.
+- A class instead of an instance, `with_mutable(Model)`: pyrefly accepts the class of a model as a model. No checker
+  reports it if the first field of the class is a dict: then the class can be called like `module.apply`.
+- A model whose `__call__` has overloads: mypy and pyright use the first of them.
   `with_mutable(model.apply)` takes any arguments.
-- `apply(params, state, x, rngs=...)`: PEP 612 allows no keyword beside those of the model. `with_rngs` draws the keys
-  from the state; `with_mutable(model.apply)` takes any arguments, `rngs=` too. A function of your own that takes `rngs`
-  gives them a default: `rngs: Any = None`.
-- A model that says `x: Array` refuses a NumPy array where it is called outside a step, as its own `__call__` does, and
-  so does a step written by hand. `jnp.asarray(x)` says it, or `x: ArrayLike`. What `with_optimizer` makes takes batches
-  of NumPy arrays as they are.
-- A number among the aux, `tuple[Array, int]`, comes out of a compiled step as an array, and the checkers believe what
-  the loss function says. `tuple[Array, ArrayLike]` says both.
-- Params may be any tree that optax knows, since `optax.apply_updates` is typed as returning one: so the checkers let an
-  array, a number or a carry pass for them. What is typed `Array | Mapping[str, Any]` fits a parameter only where an
-  `Array` does: to refuse the carry would be to refuse what optax gives. At the first call it is an error that says what
-  came.
+- `apply(params, state, x, rngs=...)`: PEP 612 allows no keyword beside those of the model. Use `with_rngs`, which
+  draws the keys from the state, or `with_mutable(model.apply)`, which takes any arguments. Give `rngs` a default in a
+  function of your own that takes it: `rngs: Any = None`.
+- A model with `x: Array` rejects a NumPy array outside a step, as its own `__call__` does, and so does a step written
+  by hand. Write `jnp.asarray(x)`, or annotate `x: ArrayLike`. Steps of `with_optimizer` take batches of NumPy arrays.
+- A number in the aux, `tuple[Array, int]`, comes out of a compiled step as an array, but the checkers believe the
+  annotation of the loss function. Annotate `tuple[Array, ArrayLike]`.
+- Params may be any tree that optax knows, since `optax.apply_updates` is annotated to return one. So the checkers
+  accept an array, a number or a carry as params: a parameter that rejects the carry would also reject what optax returns. At
+  the first call it is an error that names what came.
 """
 
 
