@@ -310,8 +310,8 @@ nothing is switched off.
 - A number in the aux, `tuple[Array, int]`, comes out of a compiled step as an array, but the checkers believe the
   annotation of the loss function. Annotate `tuple[Array, ArrayLike]`.
 - Params may be any tree that optax knows, since `optax.apply_updates` is annotated to return one. So the checkers
-  accept an array, a number or a carry as params: a parameter that rejects the carry would also reject what optax returns. At
-  the first call it is an error that names what came.
+  accept an array, a number or a carry as params: a parameter that rejects the carry would also reject what optax
+  returns. At the first call it is an error that names what came.
 """
 
 
