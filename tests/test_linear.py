@@ -29,7 +29,7 @@ from .test_messages import whole
 X = jax.random.normal(jax.random.key(0), (8, 3), jnp.float32)
 TX = optax.sgd(0.1)
 KEY = jax.random.key(3)
-ON_PURPOSE = "; or, to lose an update on purpose, fn(params, jax.tree.map(jnp.copy, state), x)"
+ON_PURPOSE = "; or, to drop an update on purpose, fn(params, jax.tree.map(jnp.copy, state), x)"
 KEYS = {"rngs", "rng_counts"}
 
 

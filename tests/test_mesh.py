@@ -424,7 +424,7 @@ def test_rows_that_leave_a_device_without_some() -> None:
         "    batch[0]: f32[32@data,64], 4 rows a microbatch on 8 devices\n"
         "    batch[1]: f32[32@data,8], 4 rows a microbatch on 8 devices\n"
         "  likely cause: the batch is too small for so many microbatches on so many devices\n"
-        "  fix: a number of rows that 8 times the size of those axes divides, or fewer microbatches"
+        "  fix: as many rows as a multiple of 8 times the size of those axes, or fewer microbatches"
     )
 
 

@@ -545,7 +545,7 @@ def test_a_stateful_function_is_no_apply_function() -> None:
     with_mutable(fn): fn must be a Linen module instance, its apply, or a function of that form
       got:
         fn: a function of (params, state, ...)
-      likely cause: with_mutable was called twice, or a function of one's own needs none
+      likely cause: with_mutable was called twice, or fn is stateful already
       fix: fn(params, state, x), as it is
     """)
 
@@ -852,7 +852,7 @@ def test_a_sown_collection_in_the_state() -> None:
 
     error = fails(fs.StateDriftError, fs.with_optimizer(loss_fn, TX), fs.init_carry(params, state, TX), X)
     assert str(error) == whole("""
-    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what went in
+    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what goes in
       got:
         state['losses']['l2'][1]: absent -> f32[]
       likely cause: the model sows into 'losses', and each call adds to what the state holds of it
@@ -938,7 +938,7 @@ def test_arguments_that_the_model_does_not_take() -> None:
     with_mutable(fn): fn takes (params, state, x, train)
       got:
         fn(params, state, f32[10], bool, dict): too many positional arguments
-      likely cause: an argument is too many, missing or misspelt, or rngs= was not given by name
+      likely cause: an argument is surplus, missing or misspelt, or rngs= was not passed by name
       fix: fn(params, state, x, train), and rngs= by name where with_rngs is not
     """)
     assert isinstance(error.__cause__, TypeError)
@@ -986,7 +986,7 @@ def test_mutable_at_the_call() -> None:
     apply: Any = fs.with_mutable(nn.Dense(2))
     error = fails(fs.SignatureError, apply, params, state, X, mutable=["batch_stats"])
     assert str(error) == whole("""
-    with_mutable(fn): what is mutable is said once, where the model is wrapped
+    with_mutable(fn): mutable= belongs where the model is wrapped, not into the call
       got:
         mutable= in the call
       likely cause: the arguments of module.apply were kept
@@ -1557,7 +1557,7 @@ def test_state_drifts_in_shape() -> None:
     step = fs.with_optimizer(loss_fn, TX)
     error = fails(fs.StateDriftError, step, fs.init_carry(params, state, TX), X)
     assert str(error) == whole("""
-    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what went in
+    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what goes in
       got:
         state['batch_stats']['mean']: f32[10] -> f32[1,10]
       likely cause: the first update gives the state its final shape (keepdims=True?), or a batch axis stayed in
@@ -1565,7 +1565,7 @@ def test_state_drifts_in_shape() -> None:
     """)
     error = fails(fs.StateDriftError, jax.jit(step), fs.init_carry(params, state, TX), X)
     assert str(error) == whole("""
-    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what went in
+    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what goes in
       got:
         state['batch_stats']['mean']: f32[10] -> f32[1,10]
       likely cause: the first update gives the state its final shape (keepdims=True?), or a batch axis stayed in
@@ -1580,10 +1580,10 @@ def test_state_drifts_in_dtype() -> None:
     step = returning(lambda p, s, b: (jnp.sum(p["w"]), {"stats": {"mean": b.astype(jnp.bfloat16)}}))
     error = fails(fs.StateDriftError, step, one(stats={"mean": jnp.ones(3)}), jnp.ones(3))
     assert str(error) == whole("""
-    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what went in
+    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what goes in
       got:
         state['stats']['mean']: f32[3] -> bf16[3]
-      likely cause: the state is computed in another precision than it is kept in
+      likely cause: the state is computed in a precision that differs from its own
       fix: cast in loss_fn, new.astype(old.dtype), or state = settle_state(loss_fn, params, state, batch)
     """)
 
@@ -1593,7 +1593,7 @@ def test_state_drifts_in_structure() -> None:
     step = returning(lambda p, s, b: (jnp.sum(p["w"]), {"stats": {"mean": b, "var": b}}))
     error = fails(fs.StateDriftError, step, one(stats={"mean": jnp.ones(3)}, cache={"i": X}), jnp.ones(3))
     assert str(error) == whole("""
-    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what went in
+    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what goes in
       got:
         state['cache']['i']: f32[32,10] -> absent
         state['stats']['var']: absent -> f32[3]
@@ -1615,7 +1615,7 @@ def test_aux_where_the_state_is_due() -> None:
     step = returning(lambda p, s, b: (jnp.sum(p["w"]), (s, b)))
     error = fails(fs.StateDriftError, step, one(), X)
     assert str(error) == whole("""
-    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what went in
+    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what goes in
       got:
         state: dict -> tuple
       likely cause: something else was returned where the new state is due: (loss, aux), new_state needs has_aux=True
@@ -1632,7 +1632,7 @@ def test_an_optimizer_that_drifts() -> None:
     carry = fs.init_carry({"w": jnp.ones(3)}, {}, tx)
     error = fails(fs.StateDriftError, fs.with_optimizer(squares, tx), carry, jnp.ones(3))
     assert str(error) == whole("""
-    HEAD: what comes out must have the structure, shapes and dtypes of what went in
+    HEAD: what comes out must have the structure, shapes and dtypes of what goes in
       got:
         opt_state['count']: f32[] -> f32[1]
       likely cause: tx gives opt_state another form than it took: the carry was made with another tx
@@ -1656,7 +1656,7 @@ def test_aux_in_the_place_of_a_state() -> None:
     step = returning(lambda params, state, batch: (params["w"].sum(), {"norm": batch}))
     error = fails(fs.StateDriftError, step, one(), jnp.ones(3))
     assert str(error) == whole("""
-    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what went in
+    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what goes in
       got:
         state['norm']: absent -> f32[3]
       likely cause: aux was returned where the new state is due, or a collection that the state does not begin with
@@ -1826,7 +1826,7 @@ def test_a_carry_that_is_none() -> None:
     step(carry, batch): the first argument must be a Carry
       got:
         carry: dict
-      likely cause: params were passed, or what a checkpoint gave back was not adopted
+      likely cause: params were passed, or a restored checkpoint was not adopted
       fix: init_carry(params, state, tx), or adopt_carry(restored, carry)
     """)
     error = fails(fs.SignatureError, step, tuple(one()), jnp.ones(3))
@@ -1834,7 +1834,7 @@ def test_a_carry_that_is_none() -> None:
     step(carry, batch): the first argument must be a Carry
       got:
         carry: a tuple of 4
-      likely cause: params were passed, or what a checkpoint gave back was not adopted
+      likely cause: params were passed, or a restored checkpoint was not adopted
       fix: init_carry(params, state, tx), or adopt_carry(restored, carry)
     """)
     restored = jax.device_get(one())._asdict()
@@ -2037,7 +2037,7 @@ def test_a_scanned_carry_drifts() -> None:
 
     error = fails(fs.StateDriftError, fs.scan_steps(step), {"mean": jnp.ones(3)}, jnp.ones((4, 3)))
     assert str(error) == whole("""
-    scan_steps(step): what comes out must have the structure, shapes and dtypes of what went in
+    scan_steps(step): what comes out must have the structure, shapes and dtypes of what goes in
       got:
         carry['mean']: f32[3] -> f32[1,3]
       likely cause: the first update gives the state its final shape (keepdims=True?), or a batch axis stayed in
@@ -2050,10 +2050,10 @@ def test_a_scanned_bare_carry_drifts() -> None:
     steps = fs.scan_steps(lambda carry, batch: (carry.astype(jnp.bfloat16), None))
     error = fails(fs.StateDriftError, steps, jnp.ones(3), jnp.ones((4, 3)))
     assert str(error) == whole("""
-    scan_steps(step): what comes out must have the structure, shapes and dtypes of what went in
+    scan_steps(step): what comes out must have the structure, shapes and dtypes of what goes in
       got:
         carry: f32[3] -> bf16[3]
-      likely cause: the state is computed in another precision than it is kept in
+      likely cause: the state is computed in a precision that differs from its own
       fix: cast in loss_fn, new.astype(old.dtype), or state = settle_state(loss_fn, params, state, batch)
     """)
 
@@ -2163,7 +2163,7 @@ def test_retrace_for_a_shape() -> None:
       got:
         carry.state['batch_stats']['mean']: f32[5] -> f32[1,5]
         batch: f32[32,10] -> f32[7,10]
-      likely cause: the call differs from every earlier one, and JAX compiles for each
+      likely cause: the call differs from all earlier ones, and JAX compiles each
       fix: state = settle_state(loss_fn, params, state, batch) before init_carry; drop or pad the ragged last batch; or a higher max_traces, if each is meant
     """)  # noqa: E501
 
@@ -2201,7 +2201,7 @@ def test_retrace_for_a_dtype() -> None:
     assert_max_traces(step, max_traces=1): traced 2 times
       got:
         batch: f32[32,1] -> bf16[32,1]
-      likely cause: the call differs from every earlier one, and JAX compiles for each
+      likely cause: the call differs from all earlier ones, and JAX compiles each
       fix: jnp.asarray(value, dtype), one dtype in every call; or a higher max_traces, if each is meant
     """)
 
@@ -2214,7 +2214,7 @@ def test_retrace_for_a_weak_type() -> None:
     assert_max_traces(step, max_traces=1): traced 2 times
       got:
         carry['scale']: f32[] -> f32[] (weak type)
-      likely cause: the call differs from every earlier one, and JAX compiles for each
+      likely cause: the call differs from all earlier ones, and JAX compiles each
       fix: init_carry for the carry, jnp.asarray(value, dtype) for Python numbers; or a higher max_traces, if each is meant
     """)  # noqa: E501
 
@@ -2227,7 +2227,7 @@ def test_retrace_for_keys() -> None:
       got:
         carry['y']: f32[32,1] -> absent
         carry['z']['a']: absent -> f32[32,1]
-      likely cause: the call differs from every earlier one, and JAX compiles for each
+      likely cause: the call differs from all earlier ones, and JAX compiles each
       fix: keep the structure, and make static values, tx and functions once, outside the loop; or a higher max_traces, if each is meant
     """)  # noqa: E501
 
@@ -2239,7 +2239,7 @@ def test_retrace_for_an_argument() -> None:
     assert_max_traces(step, max_traces=1): traced 2 times
       got:
         batch: None -> f32[32,1]
-      likely cause: the call differs from every earlier one, and JAX compiles for each
+      likely cause: the call differs from all earlier ones, and JAX compiles each
       fix: keep the structure, and make static values, tx and functions once, outside the loop; or a higher max_traces, if each is meant
     """)  # noqa: E501
 
@@ -2251,7 +2251,7 @@ def test_retrace_for_a_static_value() -> None:
     assert_max_traces(step, max_traces=1): traced 2 times
       got:
         batch: 3 -> 4
-      likely cause: the call differs from every earlier one, and JAX compiles for each
+      likely cause: the call differs from all earlier ones, and JAX compiles each
       fix: keep the structure, and make static values, tx and functions once, outside the loop; or a higher max_traces, if each is meant
     """)  # noqa: E501
 
@@ -2266,7 +2266,7 @@ def test_retrace_for_a_train_state_of_another_tx() -> None:
     assert_max_traces(step, max_traces=1): traced 2 times
       got:
         carry.tx: GradientTransformationExtraArgs -> another GradientTransformationExtraArgs (not equal to the first)
-      likely cause: the call differs from every earlier one, and JAX compiles for each
+      likely cause: the call differs from all earlier ones, and JAX compiles each
       fix: keep the structure, and make static values, tx and functions once, outside the loop; or a higher max_traces, if each is meant
     """)  # noqa: E501
 
@@ -2278,7 +2278,7 @@ def test_retrace_for_a_kind_of_container() -> None:
     assert_max_traces(step, max_traces=1): traced 2 times
       got:
         carry: list -> tuple
-      likely cause: the call differs from every earlier one, and JAX compiles for each
+      likely cause: the call differs from all earlier ones, and JAX compiles each
       fix: keep the structure, and make static values, tx and functions once, outside the loop; or a higher max_traces, if each is meant
     """)  # noqa: E501
 
@@ -2307,7 +2307,7 @@ def test_retrace_for_a_sharding_in_the_type() -> None:
     assert_max_traces(step, max_traces=1): traced 2 times
       got:
         carry: f32[8,3] -> f32[8@x,3]
-      likely cause: the call differs from every earlier one, and JAX compiles for each
+      likely cause: the call differs from all earlier ones, and JAX compiles each
       fix: jit_step(step, like=carry), and every batch put on the mesh alike; or a higher max_traces, if each is meant
     """)
 
@@ -2343,7 +2343,7 @@ def test_the_nearest_of_several_traces_is_shown() -> None:
     assert_max_traces(step, max_traces=2): traced 3 times
       got:
         batch['c']: f32[32,10] -> f32[4,10]
-      likely cause: the call differs from every earlier one, and JAX compiles for each
+      likely cause: the call differs from all earlier ones, and JAX compiles each
       fix: drop or pad the ragged last batch; or a higher max_traces, if each is meant
     """)
 
@@ -2639,7 +2639,7 @@ def test_an_optimizer_whose_state_grows_at_its_first_update() -> None:
     HEAD: tx.update must give opt_state the form that tx.init gave it (init -> update)
       got:
         opt_state.measurements['sum']: absent -> f32[]
-      likely cause: tx adds leaves at its first update, as optax.monitor does, so the step would compile twice
+      likely cause: tx adds leaves at its first update, as optax.monitor does: the step would compile twice
       fix: first = jax.eval_shape(tx.update, carry.params, carry.opt_state, carry.params)[1]; \
 carry = adopt_carry(carry, carry._replace(opt_state=jax.tree.map(\
 lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=carry.step.sharding), first)), strict=False)

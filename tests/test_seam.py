@@ -124,7 +124,7 @@ def test_a_frozen_dict_from_the_loss() -> None:
     step = fs.with_optimizer(lambda params, state, batch: (loss_fn(params, state, batch)[0], freeze(state)), ADAM)
     error = fails(fs.StateDriftError, step, carried(n={"c": jnp.int32(0)}), BATCH)
     assert str(error) == whole("""
-    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what went in
+    value_and_grad(loss_fn): what comes out must have the structure, shapes and dtypes of what goes in
       got:
         state: dict -> FrozenDict
       likely cause: a FrozenDict where a plain dict is due
@@ -226,7 +226,7 @@ def test_an_open_step_without_the_value_that_the_optimizer_asks_for(names: Any) 
     apply_gradients(tx, carry, grads, new_state): tx asks for optax's extra arguments
       got:
         value: not given
-      likely cause: the step was opened, and what with_optimizer hands over by itself was left out
+      likely cause: the step is open, and the arguments that with_optimizer passes by itself are missing
       fix: apply_gradients(tx, carry, grads, new_state, value=loss); or with_optimizer(loss_fn, tx)
     """)
     assert_equal(

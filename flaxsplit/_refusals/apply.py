@@ -46,7 +46,7 @@ CAPTURED_STATE = Refusal(
 AT_CALL = Refusal(
     SignatureError,
     FN,
-    "what is mutable is said once, where the model is wrapped",
+    "mutable= belongs where the model is wrapped, not into the call",
     "the arguments of module.apply were kept",
     "with_mutable(model, mutable=['batch_stats'])(params, state, x), or with_mutable(model): all of the state is",
 )
@@ -62,7 +62,7 @@ def ARGUMENTS(error: Exception, stateful: Any, args: Sequence[Any], kwargs: Mapp
     if not why:
         raise error
     given = ", ".join(["params", "state", *map(describe, args[2:]), *(f"{name}=" for name in kwargs)])
-    cause = "an argument is too many, missing or misspelt, or rngs= was not given by name"
+    cause = "an argument is surplus, missing or misspelt, or rngs= was not passed by name"
     near = [close for name in own for close in difflib.get_close_matches(name, names, n=1) if name not in names]
     fix = f"did you mean {near[0]}=?" if near else f"fn({', '.join(names)}), and rngs= by name where with_rngs is not"
     return SignatureError(FN, f"fn takes ({', '.join(names)})", [f"fn({given}): {why}"], cause, fix)
@@ -106,7 +106,7 @@ def MODEL(fn: Any) -> Explained:  # noqa: N802 (a row as the others are)
         return SignatureError(FN, required, [f"fn: {type(fn).__name__}, an NNX module"], cause, fix)
     if is_stateful(fn):
         cause, fix = (
-            "with_mutable was called twice, or a function of one's own needs none",
+            "with_mutable was called twice, or fn is stateful already",
             "fn(params, state, x), as it is",
         )
         return SignatureError(FN, required, ["fn: a function of (params, state, ...)"], cause, fix)

@@ -120,7 +120,7 @@ def DRIFT(where: str, name: str, before: Any, after: Any) -> Explained:  # noqa:
     )
 
 
-_SAME = "what comes out must have the structure, shapes and dtypes of what went in"
+_SAME = "what comes out must have the structure, shapes and dtypes of what goes in"
 _WHOLE = "return loss, new_state"
 
 
@@ -170,7 +170,7 @@ def _cause_and_fix(name: str, changed: list[Difference]) -> tuple[str, str]:
             "state = settle_state(loss_fn, params, state, batch), before init_carry",
         ),
         "dtype": (
-            "the state is computed in another precision than it is kept in",
+            "the state is computed in a precision that differs from its own",
             "cast in loss_fn, new.astype(old.dtype), or state = settle_state(loss_fn, params, state, batch)",
         ),
     }[kind]

@@ -50,7 +50,7 @@ UNEVEN = Refusal(
     "value_and_grad(loss_fn, microbatches=...)",
     "each of $count microbatches must give every device of its mesh axes the same number of rows",
     "the batch is too small for so many microbatches on so many devices",
-    "a number of rows that $count times the size of those axes divides, or fewer microbatches",
+    "as many rows as a multiple of $count times the size of those axes, or fewer microbatches",
 )
 UNSYNCED = Refusal(
     UnsyncedStateError,

@@ -5,7 +5,7 @@ from typing import Any
 
 from flaxsplit._errors import DroppedStateWarning, Explained, Guess, Refusal
 
-_ON_PURPOSE = "; or, to lose an update on purpose, fn(params, jax.tree.map(jnp.copy, state), x)"
+_ON_PURPOSE = "; or, to drop an update on purpose, fn(params, jax.tree.map(jnp.copy, state), x)"
 
 _DROPPED = Refusal(
     DroppedStateWarning,

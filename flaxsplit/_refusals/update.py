@@ -20,7 +20,7 @@ _NO_CARRY = Refusal(
     SignatureError,
     _STEP,
     "the first argument must be a Carry",
-    "params were passed, or what a checkpoint gave back was not adopted",
+    "params were passed, or a restored checkpoint was not adopted",
     "init_carry(params, state, tx), or adopt_carry(restored, carry)",
 )
 
@@ -67,7 +67,7 @@ GRADS = Refusal(
     SignatureError,
     _UPDATE,
     "grads must have the structure and shapes of carry.params (params -> grads)",
-    "the value came with the gradients, or they are of other params",
+    "the loss is still beside the gradients, or they belong to other params",
     "(loss, grads), state = value_and_grad(loss_fn)(carry.params, carry.state, batch)",
 )
 
@@ -109,7 +109,7 @@ _EXTRA = Refusal(
     SignatureError,
     _UPDATE,
     "tx asks for optax's extra arguments",
-    "the step was opened, and what with_optimizer hands over by itself was left out",
+    "the step is open, and the arguments that with_optimizer passes by itself are missing",
     "apply_gradients(tx, carry, grads, new_state, $given); or with_optimizer(loss_fn, tx)",
 )
 
@@ -125,7 +125,7 @@ _UNSETTLED = Refusal(
     SignatureError,
     _UPDATE,
     "tx.update must give opt_state the form that tx.init gave it (init -> update)",
-    "tx adds leaves at its first update, as optax.monitor does, so the step would compile twice",
+    "tx adds leaves at its first update, as optax.monitor does: the step would compile twice",
     "first = jax.eval_shape(tx.update, carry.params, carry.opt_state, carry.params)[1]; carry = adopt_carry(carry, "
     "carry._replace(opt_state=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, "
     "device=carry.step.sharding), first)), strict=False)",

@@ -21,7 +21,7 @@ def RETRACED(fn: Any, seen: Sequence[Any], call: dict[str, Any], most: int) -> E
     cause = "jax.jit was applied anew to a new function object, its cache or jax.config changed, or fn ran unjitted"
     fix = "step = jit_step(...) once, before the loop"
     if changed:
-        cause = "the call differs from every earlier one, and JAX compiles for each"
+        cause = "the call differs from all earlier ones, and JAX compiles each"
         fix = _fix(changed) + "; or a higher max_traces, if each is meant"
     elif hasattr(fn, "lower"):
         cause = "the count is around what is jitted, so that it counts every call"
