@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, text in texts.items():
         effort.add_argument(f"--{name}", dest="effort", action="store_const", const=name, default="quick", help=text)
     parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="where results go; --full: results/<device>")
-    text = "stop in time: the most valuable cases first, each stored at once; with --smoke the smallest sizes"
+    text = "stop in time: the most valuable cases first, each stored at once; with --smoke or --full of those sizes"
     parser.add_argument("--minutes", type=float, metavar="M", help=text)
     parser.add_argument("--resume", action="store_true", help="with --minutes: go on where a run into --out stopped")
     options = parser.parse_args(arguments)
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no such claim: {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
 
     if options.minutes:
-        sizes = m.EFFORTS["smoke" if options.effort == "smoke" else "lease"]
+        sizes = m.EFFORTS["lease" if options.effort == "quick" else options.effort]
         folder = options.out or HERE / "results" / m.folder_name()
         return planned(options.minutes, options.claims or list(CLAIMS), sizes, folder, options.resume)
     out = options.out or (HERE / "results" / m.folder_name() if options.effort == "full" else None)

@@ -38,6 +38,7 @@ ORDER = (
     Item("startup", "", 60),
     Item("nonfinite", "", 20),
     Item("explain", "", 60),
+    Item("checks", "", 60),
     Item("tracing", "", 40),
 )
 

@@ -22,6 +22,8 @@ OFF, CHECKERS, STEPS = "no checks", ("typeguard", "beartype"), 20
 
 def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     """One process after another, each with its own checker."""
+    if not effort.wants("8 layers"):
+        return
     wanted = effort.of(smoke=CHECKERS, quick=CHECKERS[:1], full=CHECKERS)
     names = [OFF, *(each for each in wanted if find_spec(each))]
     notes = {each: f"skipped: {each} is not installed" for each in wanted if not find_spec(each)}

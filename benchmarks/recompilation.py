@@ -332,8 +332,8 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     if effort.planned:  # one after the other, so that it can stop between two
         for title in SCENARIOS:
             if effort.wants(title):
-                mesh = [title], names, False, f"--xla_force_host_platform_device_count={DEVICES}"
-                found = beside(*mesh) if title == MESH else cells_of([title], names, False, tell)
+                mesh = [title], names, effort.name == "full", f"--xla_force_host_platform_device_count={DEVICES}"
+                found = beside(*mesh) if title == MESH else cells_of([title], names, effort.name == "full", tell)
                 yield from rows_of(title, found[title], absent)
         return
     if not effort.wants("every situation"):

@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import _measure as m
 from benchmarks import _plan
+from benchmarks.__main__ import CLAIMS as ALL
 
 from .flags import needs_defaults, needs_jit
 
@@ -74,6 +75,10 @@ def test_what_there_is_no_time_for_is_said(monkeypatch: pytest.MonkeyPatch, tmp_
     assert world.measured[:2] == ["throughput: ResNet-50, bf16", "throughput: transformer"]
     assert plan.left == ["throughput: MLP"]  # 60 are expected, 34 are left
     assert world.now <= 200
+
+
+def test_every_claim_has_its_place_in_a_plan() -> None:
+    assert {*CLAIMS} == {*ALL}
 
 
 def test_a_smoke_begins_every_claim(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
