@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,6 +80,22 @@ def test_what_there_is_no_time_for_is_said(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_every_claim_has_its_place_in_a_plan() -> None:
     assert {*CLAIMS} == {*ALL}
+
+
+@pytest.mark.parametrize("effort", ["lease", "full"])
+@pytest.mark.parametrize("claim", ALL)
+def test_each_case_of_a_claim_has_a_name_of_its_own(claim: str, effort: str) -> None:
+    """Else a plan takes the second for one that it has measured."""
+    cases: list[str] = []
+
+    def wants(case: str) -> bool:
+        cases.append(case)
+        return False
+
+    asked = replace(m.EFFORTS[effort], wants=wants, planned=True)
+    list(importlib.import_module(f"benchmarks.{claim}").measure(asked, lambda words: None))
+    assert cases
+    assert len({*cases}) == len(cases)
 
 
 def test_a_smoke_begins_every_claim(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
