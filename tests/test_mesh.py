@@ -128,6 +128,31 @@ def dropping_carry(tx: optax.GradientTransformation) -> fs.Carry:
 # Sharded jit: the mesh is seen by XLA only
 
 
+@KINDS
+def test_stopped_on_a_mesh_of_one_kind_it_goes_on_over_one_of_the_other(kind: AxisType) -> None:
+    """Another kind of axes, another shape of the mesh; through the files' NumPy, to rounding, one compile each."""
+    other = EXPLICIT if kind is AUTO else AUTO
+    first, second = line(kind), grid(other)
+    start, after = dropping_carry(SGD), (first, second)
+    carries = [jax.device_put(start, by_shape(mesh, start)) for mesh in after]
+    batches = [jax.device_put(BATCH, on(mesh, "data")) for mesh in after]
+    steps = [dropping_step(SGD, mesh) for mesh in after]
+    halfway, _ = run(steps[0], carries[0], batches[0], 2, like=carries[0])
+    kept = fs.adopt_carry(jax.tree.map(np.asarray, saved(halfway)), carries[1])
+    assert placement(kept) == placement(carries[1])
+    ended, loss = run(steps[1], kept, batches[1], 2, like=carries[1])
+    expected, alone_loss = run(dropping_step(SGD), start, BATCH, 4)
+    assert_close(ended, expected)
+    np.testing.assert_allclose(loss, alone_loss, rtol=1e-4)
+
+
+def saved(carry: fs.Carry) -> fs.Carry:
+    """As a file has it, in which keys are their bits."""
+    is_key: Any = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
+    tree: fs.Carry = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, carry)
+    return tree
+
+
 @functools.cache
 def alone(name: str) -> tuple[fs.Carry, Any]:
     """Where one device ends with an optimizer."""
