@@ -530,3 +530,28 @@ def test_a_carry_is_a_tree_of_arrays() -> None:
     )
     assert refusal(simple, {"w": X, "name": "a"}) == f"{start}    carry['name']: str\n{end}"
     assert refusal(simple, {}) == f"{start}    carry: no array in it\n{end}"
+
+
+def test_microbatches_and_rematerialization_show_what_they_save() -> None:
+    def loss_of(block: Any) -> Any:
+        return lambda params, state, batch: ((block(block(batch, params), params) ** 2).mean(), state)
+
+    def block(hidden: Any, params: Any) -> Any:
+        for _ in range(4):
+            hidden = jnp.tanh(hidden @ params["w"])
+        return hidden
+
+    tx = optax.sgd(0.1)
+    carry, rows = fs.init_carry({"w": jnp.ones((64, 64))}, {}, tx), jnp.ones((1024, 64))
+    steps = (
+        fs.with_optimizer(loss_of(block), tx),
+        fs.with_optimizer(loss_of(block), tx, microbatches=8),
+        fs.with_optimizer(loss_of(jax.checkpoint(block)), tx),
+    )
+    whole, parts, again = (fs.explain_step(step, carry, rows) for step in steps)
+    assert whole.memory["temp"] >= 8 * rows.nbytes  # eight layers are kept
+    assert parts.memory["temp"] < whole.memory["temp"] / 4
+    if jax.__version_info__ >= (0, 10):  # an older XLA drops the barrier on a CPU, and computes nothing again
+        assert again.memory["temp"] < whole.memory["temp"] / 1.3
+        assert again.cost["flops"] > 1.2 * whole.cost["flops"]
+    assert all(each.memory["peak"] >= each.memory["temp"] for each in (whole, parts, again))
