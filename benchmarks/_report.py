@@ -282,6 +282,14 @@ def speeds(result: m.Result) -> Iterator[str]:
         yield f"| {row.case} | {' | '.join(numbers)} | {rates[m.OURS][1]} |"
 
 
+def by_stack(results: list[m.Result]) -> list[list[m.Result]]:
+    """Results that were measured on one machine with the same versions, apart from others; the latest first."""
+    stacks: dict[str, list[m.Result]] = {}
+    for each in results:
+        stacks.setdefault(where({**each.about, "date": ""}), []).append(each)
+    return sorted(stacks.values(), key=lambda part: max(str(each.about["date"]) for each in part), reverse=True)
+
+
 def readme(text: str, folder: pathlib.Path = RESULTS) -> str:
     """Puts the tables of every stored device between the README's marks, the matrix of compiles first."""
     stored = [read(each) for each in sorted(folder.iterdir()) if each.is_dir()]
@@ -294,7 +302,7 @@ def readme(text: str, folder: pathlib.Path = RESULTS) -> str:
             "",
             "Each number has its sentence in the report, and every peer its donated or cached form beside it.",
         ]
-    for results in stored:
+    for results in (part for each in stored for part in by_stack(each)):
         kept = "Median ratios of time (memory: of bytes), lowest to highest over the cases"
         words += ["", f"{kept}, on {where(results[0].about)}:", "", *table(results), "", OPEN]
         if results[0].about["backend"] != "cpu":  # a real network is what an accelerator is bought for

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks._measure import AGAIN, HAND, OURS, Result, Row, contenders, ratios, summary, verdict
 from benchmarks._peers import SAID
-from benchmarks._report import cells, runs_of, said, why_none
+from benchmarks._report import by_stack, cells, runs_of, said, why_none
 
 MIXED = [0.9, 1.5, 1.0, 1.1, 0.8, 1.2, 1.3, 0.95, 1.01]
 ABOUT = {"command": "python -m benchmarks --full", "commit": "abc", "date": "2026-11-26T10:00:00"}
@@ -66,6 +66,17 @@ def test_results_of_several_runs_are_told_apart() -> None:
     assert runs_of(results(ABOUT, later)) == "All of one run: `python -m benchmarks --full`, of abc, on 2026-11-26."
     for other in ({"commit": "def"}, {"date": "2026-11-27T00:00:00"}, {"command": "python -m benchmarks scan --full"}):
         assert runs_of(results(ABOUT, ABOUT | other)).startswith("The claims are of several runs")
+
+
+def test_what_was_measured_with_other_versions_is_a_table_of_its_own() -> None:
+    def of(claim: str, python: str, day: str) -> Result:
+        machine = {"device": "cpu", "processor": "x", "cores": 2, "python": python, "date": day}
+        versions = dict.fromkeys(("jax", "flax", "optax"), "1")
+        return Result(claim, "", [], "full", about=ABOUT | machine | {"versions": versions})
+
+    old, older = of("dispatch", "3.11", "2026-11-24"), of("scan", "3.11", "2026-11-23")
+    new = of("mesh", "3.13", "2026-11-30")
+    assert by_stack([old, new, older]) == [[new], [old, older]]
 
 
 def test_what_is_missing_is_not_what_refuses() -> None:
