@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     Transformation: TypeAlias = optax.GradientTransformation | optax.MultiSteps
     PRNGKey: TypeAlias = Key[Array, "..."] | UInt32[Array, "... key"]
 else:  # what runs unchecked
-    AnyParams = Any
+    AnyParams = Mapping[str, Any] | Any
     Transformation = optax.GradientTransformation | Any
     PRNGKey = Key[Array, "..."] | UInt32[Array | np.ndarray, "... key"] | jax.ShapeDtypeStruct
 """Params as users have them: `optax.apply_updates` is typed as giving any tree at all.
