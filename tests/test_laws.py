@@ -19,6 +19,8 @@ from .flags import needs_promotion
 from .models import MLP, Dropping, X, Y, structure
 
 KEY = jax.random.key(0)
+# No bias before BatchNorm: it cancels it, and optimizers that divide by the gradient's size would blow up the rounding.
+UNBIASED = Dropping(use_bias=False)
 OPTIMIZERS = some.OPTIMIZERS
 
 
@@ -243,13 +245,13 @@ def stack(batches: Any) -> Any:
 @some.examples(8)
 @given(name=st.sampled_from(sorted(OPTIMIZERS)), count=st.integers(1, 4), unroll=st.sampled_from([1, 2]))
 def test_scan_equals_the_loop(name: str, count: int, unroll: int) -> None:
-    apply = fs.with_rngs(fs.vmap_stateful(fs.with_mutable(Dropping())))
+    apply = fs.with_rngs(fs.vmap_stateful(fs.with_mutable(UNBIASED)))
 
     def loss_fn(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
         out, state = apply(params, state, batch)
         return (out**2).mean(), state
 
-    params, state = fs.split_params(Dropping().init(KEY, X[0], train=False))
+    params, state = fs.split_params(UNBIASED.init(KEY, X[0], train=False))
     state |= fs.rng_state(dropout=KEY) | {"ema": params}
     tx = OPTIMIZERS[name]
     step = fs.with_ema(fs.with_optimizer(loss_fn, tx), decay=0.9)
