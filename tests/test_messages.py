@@ -939,7 +939,7 @@ def test_arguments_that_the_model_does_not_take() -> None:
       got:
         fn(params, state, f32[10], bool, dict): too many positional arguments
       likely cause: an argument is surplus, missing or misspelt, or rngs= was not passed by name
-      fix: fn(params, state, x, train), and rngs= by name where with_rngs is not
+      fix: fn(params, state, x, train); with_mutable(model.apply) for rngs=
     """)
     assert isinstance(error.__cause__, TypeError)
     error = fails(fs.SignatureError, apply, params, state, X[0], trian=True, rngs=keys)

@@ -64,7 +64,7 @@ def ARGUMENTS(error: Exception, stateful: Any, args: Sequence[Any], kwargs: Mapp
     given = ", ".join(["params", "state", *map(describe, args[2:]), *(f"{name}=" for name in kwargs)])
     cause = "an argument is surplus, missing or misspelt, or rngs= was not passed by name"
     near = [close for name in own for close in difflib.get_close_matches(name, names, n=1) if name not in names]
-    fix = f"did you mean {near[0]}=?" if near else f"fn({', '.join(names)}), and rngs= by name where with_rngs is not"
+    fix = f"did you mean {near[0]}=?" if near else f"fn({', '.join(names)}); with_mutable(model.apply) for rngs="
     return SignatureError(FN, f"fn takes ({', '.join(names)})", [f"fn({given}): {why}"], cause, fix)
 
 
