@@ -58,9 +58,9 @@ def check_count(where: str, count: Any) -> None:
     COUNT.unless(isinstance(count, int) and not isinstance(count, bool) and count >= 1, where, count)
 
 
-def two_of(result: Any, where: str, form: str) -> tuple[Any, Any]:
+def two_of(result: Any, where: str, form: str, many: str = "") -> tuple[Any, Any]:
     """Gives the two things that a function returned, or says that they are not two."""
-    TWO.unless(isinstance(result, tuple) and len(result) == 2, result, where, form)
+    TWO.unless(isinstance(result, tuple) and len(result) == 2, result, where, form, many)
     first, second = result
     return first, second
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._checks import is_function
-from ._describe import form_of, kind_of
+from ._checks import is_function, two_of
+from ._describe import kind_of
 from ._flow import Flow
 from ._paths import entry_name
-from ._refusals.explain import CARRY, STEP, TWO_OF_STEP
+from ._refusals.explain import AS_STEP, CALL, CARRY, STEP
 from ._refusals.options import unbound
 from ._tally import constants
 from ._tracing import Traced, is_equinox, is_input, is_jit, is_shaped, trace_of
@@ -115,11 +115,10 @@ def look_at(step: Any, carry: Any, batch: Any, args: Any, kwargs: Any) -> Look:
     STEP.unless(is_function(step), step=step)
     _check_carry(step, carry)
     why, _ = unbound(step, (carry, batch, *args), kwargs)
-    TWO_OF_STEP.unless(not why, f"step: {why}")
+    CALL.unless(not why, f"step: {why}")
     begin = time.perf_counter()
     traced = trace_of(step, (carry, batch, *args), kwargs)
-    result = traced.result
-    TWO_OF_STEP.unless(isinstance(result, tuple) and len(result) == 2, form_of(result))
+    two_of(traced.result, "explain_step(step)", "(carry, out)", AS_STEP)
     between = time.perf_counter()
     compiled = _compiled(traced.lower)
     return _look(step, carry, traced, compiled, (between - begin, time.perf_counter() - between))

@@ -475,11 +475,10 @@ def test_a_step_is_a_function() -> None:
 def test_a_step_returns_two_things() -> None:
     for wrap in (lambda step: step, jax.jit):
         assert refusal(wrap(lambda carry, batch: carry["w"]), W) == (
-            "explain_step(step): step must take and return one carry: step(carry, batch) -> (carry, out)\n"
-            "  got:\n    f32[4,4]\n"
-            "  likely cause: a result is missing, or what the step threads comes and goes as several arguments\n"
-            "  fix: def as_step(carry, batch): *new, out = step(*carry, batch); return tuple(new), out"
+            "explain_step(step): must return two things: (carry, out)\n  got:\n    f32[4,4]\n"
+            "  likely cause: a result is missing\n  fix: (carry, out)"
         )
+    assert "a list was returned" in refusal(lambda carry, batch: [carry, batch.sum()], W)
 
 
 def test_a_step_that_returns_the_carry_that_it_was_given() -> None:

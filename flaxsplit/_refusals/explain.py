@@ -18,12 +18,13 @@ CARRY = Refusal(
     "objects or strings are in the carry, or the arguments are in another order",
     "explain_step(step, carry, batch)",
 )
-TWO_OF_STEP = Refusal(
+AS_STEP = "def as_step(carry, batch): *new, out = step(*carry, batch); return tuple(new), out"
+CALL = Refusal(
     SignatureError,
     "explain_step(step)",
     "step must take and return one carry: step(carry, batch) -> (carry, out)",
-    "a result is missing, or what the step threads comes and goes as several arguments",
-    "def as_step(carry, batch): *new, out = step(*carry, batch); return tuple(new), out",
+    "what the step threads comes and goes as several arguments, or one is missing",
+    AS_STEP,
 )
 
 

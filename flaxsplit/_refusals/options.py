@@ -86,10 +86,11 @@ def SHAPES(declared: Sequence[Any], where: str) -> Explained:  # noqa: N802
 
 
 @Guess
-def TWO(result: Any, where: str, form: str) -> Explained:  # noqa: N802
-    """What must return two things."""
+def TWO(result: Any, where: str, form: str, many: str = "") -> Explained:  # noqa: N802
+    """What must return two things; `many` mends what returns more."""
     came = f"a tuple of {len(result)}" if type(result) is tuple else describe(result)
     cause = LISTED if isinstance(result, list) else "a result is missing"
+    fix = form
     if type(result) is tuple and len(result) > 2:
-        cause = "a result is too many: what else is returned goes into one of the two"
-    return SignatureError(where, f"must return two things: {form}", [came], cause, form)
+        cause, fix = "a result is too many: what else is returned goes into one of the two", many or form
+    return SignatureError(where, f"must return two things: {form}", [came], cause, fix)

@@ -80,4 +80,5 @@ def _mend(change: Difference) -> str:
 
 
 def _sizes(shape: str) -> list[str]:
-    return re.findall(r"\d+", shape.partition("]")[0])
+    """Without the mesh axes, whose names may hold digits: `64@x1,4`."""
+    return re.findall(r"(?:^|,)(\d+)", shape.partition("]")[0])
