@@ -4,6 +4,7 @@ Compiles over 20 steps, counted by `fs.compile_log`: situations that are known t
 are unavoidable where two things are computed: train and eval, a static flag that changes, a last batch of another size.
 """
 
+import io
 import json
 import logging
 import os
@@ -259,9 +260,8 @@ def reason(name: str, scenario: Scenario) -> str:
 
 def said_by_jax(name: str, scenario: Scenario) -> str:
     """What `jax_explain_cache_misses` logs of the second trace."""
-    records: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
     logger, before = logging.getLogger("jax"), logging.getLogger("jax").propagate
     logger.addHandler(handler)
     logger.propagate = False
@@ -272,17 +272,16 @@ def said_by_jax(name: str, scenario: Scenario) -> str:
         jax.config.update("jax_explain_cache_misses", False)
         logger.removeHandler(handler)
         logger.propagate = before
-    misses = (each.partition("closest previous key:")[2] for each in records)
-    text = next(filter(None, misses), "")
+    text = log.getvalue().partition("closest previous key:")[2].partition("CACHE MISS")[0].rpartition("\n")[0]
     changes = re.findall(r"\* (?:at )?(.*?)(?=https?:|$)", text, re.MULTILINE)
     return str(changes[0]) if changes else text.strip().rpartition("\n")[2].strip()
 
 
-def said(title: str) -> dict[str, str]:
+def said(scenario: Scenario, counted: Mapping[str, Any]) -> dict[str, str]:
     """What JAX and what `assert_max_traces` say of one situation, of the plainest step that compiles again in it."""
-    scenario = SCENARIOS[title]
     for name in (HAND, TRAIN_STATE):
-        if name not in scenario.absent and sum(count(name, scenario)) > 2:
+        numbers, _ = counted.get(name, (None, ""))
+        if numbers and sum(numbers) > 2:
             told = name, said_by_jax(name, scenario), reason(name, scenario)
             return {key: words or "nothing" for key, words in zip(SAID, told, strict=True)}
     return {}
@@ -314,7 +313,7 @@ def cells_of(titles: Sequence[str], names: Sequence[str], thorough: bool, tell: 
         tell(title)
         found[title] = {name: cell(name, SCENARIOS[title], thorough) for name in names}
         if thorough and HAND in names:
-            found[title] |= {key: (None, words) for key, words in said(title).items()}
+            found[title] |= {key: (None, words) for key, words in said(SCENARIOS[title], found[title]).items()}
     return found
 
 
@@ -328,12 +327,12 @@ def beside(titles: Sequence[str], names: Sequence[str], thorough: bool, flags: s
 def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     """Every scenario by every implementation that is there; a quick run looks at the usual form of each."""
     names = present(effort.of(smoke=[OURS, HAND], quick=USUAL, full=PEERS))
-    absent = missing() if effort.name != "smoke" else {}
+    absent, thorough = missing() if effort.name != "smoke" else {}, effort.name == "full"
     if effort.planned:  # one after the other, so that it can stop between two
         for title in SCENARIOS:
             if effort.wants(title):
-                mesh = [title], names, effort.name == "full", f"--xla_force_host_platform_device_count={DEVICES}"
-                found = beside(*mesh) if title == MESH else cells_of([title], names, effort.name == "full", tell)
+                mesh = [title], names, thorough, f"--xla_force_host_platform_device_count={DEVICES}"
+                found = beside(*mesh) if title == MESH else cells_of([title], names, thorough, tell)
                 yield from rows_of(title, found[title], absent)
         return
     if not effort.wants("every situation"):
@@ -341,7 +340,7 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     tell("the same losses")
     plain = {name: build(name, task()) for name in names}
     check_agree({name: losses_of(peer.step, peer.fresh(), BATCH) for name, peer in plain.items()})
-    titles, thorough = [title for title in SCENARIOS if title != MESH], effort.name == "full"
+    titles = [title for title in SCENARIOS if title != MESH]
     half = (len(names) + 1) // 2 if jax.default_backend() == "cpu" else len(names)
     with ThreadPoolExecutor(1) as other:  # nothing here is timed, so that both cores may work
         rest = other.submit(beside, titles, names[half:], thorough)

@@ -104,15 +104,14 @@ def measure(effort: Effort, tell: Tell) -> Iterator[Row]:
     absent = {name: words for name, words in missing().items() if name in BESTS and effort.name != "smoke"}
     for name, side, compute, examples in sizes[effort.name]:
         task = task_of(name, side, compute)
-        size_of = f", batch {examples}" if examples else ""
-        case = f"{name}{f' of {side}' if side else ''}, {'bf16' if compute else 'f32'}{size_of}"
-        if not effort.wants(case):
+        case = f"{name}{f' of {side}' if side else ''}, {'bf16' if compute else 'f32'}"
+        if not effort.wants(f"{case}, batch {examples or 'that fits'}"):
             continue
         tell(f"{case}: the most that this device does")
         if compute not in peaks:
             peaks[compute] = dict(peak(compute or jnp.float32, effort))
         size = examples or largest(task, tell)
-        case = case if examples else f"{case}, batch {size}"
+        case = f"{case}, batch {size}"
         batch = batch_of(task, size)
         hand = build(HAND, task)
         cost = cost_of(hand, batch)

@@ -56,6 +56,10 @@ class Dropping(nn.Module):
         return nn.Dense(2, name="head")(x)
 
 
+UNBIASED = Dropping(use_bias=False)
+"""BatchNorm cancels the bias before it: optimizers that divide by the gradient's size would blow up the rounding."""
+
+
 class Coder(nn.Module):
     """Two methods besides `__call__`, one of them written as setup."""
 

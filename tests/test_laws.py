@@ -16,11 +16,9 @@ import flaxsplit as fs
 
 from . import strategies as some
 from .flags import needs_promotion
-from .models import MLP, Dropping, X, Y, structure
+from .models import MLP, UNBIASED, Dropping, X, Y, structure
 
 KEY = jax.random.key(0)
-# No bias before BatchNorm: it cancels it, and optimizers that divide by the gradient's size would blow up the rounding.
-UNBIASED = Dropping(use_bias=False)
 OPTIMIZERS = some.OPTIMIZERS
 
 

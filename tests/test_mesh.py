@@ -22,7 +22,7 @@ import flaxsplit as fs
 
 from . import strategies as some
 from .flags import needs_donation, needs_jit
-from .models import MLP, Dropping, X, Y, structure
+from .models import MLP, UNBIASED, X, Y, structure
 from .test_traces import MODELS, loss_of
 
 pytestmark = needs_jit
@@ -108,8 +108,6 @@ def run(step: Any, carry: fs.Carry, batch: Any, count: int = 4, **options: Any) 
     return carry, out
 
 
-# No bias before BatchNorm: it cancels it, and optimizers that divide by the gradient's size would blow up the rounding
-UNBIASED = Dropping(use_bias=False)
 SGD = optax.sgd(0.05, momentum=0.9)
 
 
@@ -131,12 +129,10 @@ def dropping_carry(tx: optax.GradientTransformation) -> fs.Carry:
 @KINDS
 def test_stopped_on_a_mesh_of_one_kind_it_goes_on_over_one_of_the_other(kind: AxisType) -> None:
     """Another kind of axes, another shape of the mesh; through the files' NumPy, to rounding, one compile each."""
-    other = EXPLICIT if kind is AUTO else AUTO
-    first, second = line(kind), grid(other)
-    start, after = dropping_carry(SGD), (first, second)
-    carries = [jax.device_put(start, by_shape(mesh, start)) for mesh in after]
-    batches = [jax.device_put(BATCH, on(mesh, "data")) for mesh in after]
-    steps = [dropping_step(SGD, mesh) for mesh in after]
+    start, meshes = dropping_carry(SGD), (line(kind), grid(EXPLICIT if kind is AUTO else AUTO))
+    carries = [jax.device_put(start, by_shape(mesh, start)) for mesh in meshes]
+    batches = [jax.device_put(BATCH, on(mesh, "data")) for mesh in meshes]
+    steps = [dropping_step(SGD, mesh) for mesh in meshes]
     halfway, _ = run(steps[0], carries[0], batches[0], 2, like=carries[0])
     kept = fs.adopt_carry(jax.tree.map(np.asarray, saved(halfway)), carries[1])
     assert placement(kept) == placement(carries[1])
