@@ -235,16 +235,21 @@ def guides_loop(task: Task, watch: Watch) -> Peer:
 
 
 def by_hand(task: Task, watch: Watch) -> Peer:
-    """The same loop as an expert writes it: the model closed over, one donated tuple, all of it placed at once."""
+    """The same loop as an expert writes it: the model closed over, one donated tuple, all of it and each batch placed.
+
+    What a model sows is taken out of the state. What the expert does not see, such as a state that changes its shape at
+    the first step, is not mended.
+    """
     model, tx = made(task)()
+    sown = ("losses",) if nets.has(task.layers, nets.Sow) else ()
 
     def train_step(carry: Any, batch: Any, train: bool = True) -> Any:
         count, params, state, opt_state, keys = carry
 
         def objective(params: Any) -> Any:
             variables = {"params": params, **state}
-            pred, updated = model.apply(variables, batch[0], train=train, mutable=list(state), rngs=used)
-            return loss_of(pred, batch[1]), updated
+            pred, updated = model.apply(variables, batch[0], train=train, mutable=[*state, *sown], rngs=used)
+            return loss_of(pred, batch[1]), {name: tree for name, tree in updated.items() if name not in sown}
 
         split = {name: jax.random.split(key) for name, key in keys.items()}
         keys, used = ({name: each[i] for name, each in split.items()} for i in (0, 1))
@@ -254,14 +259,23 @@ def by_hand(task: Task, watch: Watch) -> Peer:
 
     def fresh(module: bool = False, new_tx: bool = False) -> Any:
         state, params = core.pop(start_of(task), "params")
+        for name in sown:
+            state, _ = core.pop(state, name)
         opt_state = (task.make_tx() if new_tx else tx).init(params)
-        return jnp.zeros((), jnp.int32), params, state, opt_state, {"dropout": key_of()} if task.draws else {}
+        held = jnp.zeros((), jnp.int32), params, state, opt_state, {"dropout": key_of()} if task.draws else {}
+        return jax.device_put(held, jax.devices()[0]) if task.pinned else held
+
+    def beside(carry: Any, batch: Any) -> Any:
+        """The step of a batch that is put where the carry is, wherever it comes from."""
+        alone = len(carry[0].devices()) == 1
+        return jitted(carry, jax.device_put(batch, carry[0].sharding) if alone else batch)
 
     def evaluate(carry: Any, x: Any) -> Any:
         return model.apply({"params": carry[1], **carry[2]}, x, train=False)
 
     jitted = jax.jit(watch(train_step), **flag(task, donate_argnums=0))
-    return Peer(HAND, jitted, fresh, jax.jit(evaluate), through_msgpack, lambda at: jax.device_put(fresh(), at))
+    step = beside if task.pinned else jitted
+    return Peer(HAND, step, fresh, jax.jit(evaluate), through_msgpack, lambda at: jax.device_put(fresh(), at))
 
 
 class TrainState(train_state.TrainState):  # type: ignore[misc, unused-ignore]
@@ -506,7 +520,7 @@ PEERS: Mapping[str, Callable[[Task, Watch], Peer]] = {
 
 
 # One form of each, as it is usually written; the partial ones are NNX's own answers to the cost of nnx.jit.
-USUAL = (OURS, HAND, TRAIN_STATE, NNX, CACHED + BEST, PARTIAL + BEST, EQUINOX, HAIKU)
+USUAL = (OURS, HAND, GUIDE, TRAIN_STATE, NNX, CACHED + BEST, PARTIAL + BEST, EQUINOX, HAIKU)
 
 
 SAID = ("of the step", "jax_explain_cache_misses logs", "assert_max_traces raises")

@@ -203,7 +203,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "committed inputs": Scenario(
         task(pinned=True),
-        "placement does not matter to the compiled function",
+        "every argument is put in one place, or its place does not matter to the compiled function",
         "jax.jit compiles for each mixture of arguments with and without a device of their own",
         "jit_step(like=carry) pins every argument to the carry's device",
         in_turn_committed,
@@ -279,7 +279,7 @@ def said_by_jax(name: str, scenario: Scenario) -> str:
 
 def said(scenario: Scenario, counted: Mapping[str, Any]) -> dict[str, str]:
     """What JAX and what `assert_max_traces` say of one situation, of the plainest step that compiles again in it."""
-    for name in (HAND, TRAIN_STATE):
+    for name in (HAND, GUIDE, TRAIN_STATE):
         numbers, _ = counted.get(name, (None, ""))
         if numbers and sum(numbers) > 2:
             told = name, said_by_jax(name, scenario), reason(name, scenario)

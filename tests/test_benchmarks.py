@@ -80,7 +80,7 @@ def test_flaxsplit_compiles_as_often_as_is_possible_at_all(results: Any) -> None
     assert len(by_hand) == 14
     assert by_hand["steady state"] == [1]
     assert by_hand["shape drift"] == [2]  # what the others are there to show
-    assert by_hand["sown values"] == [20]
+    assert by_hand["sown values"] == by_hand["committed inputs"] == [1]  # an expert knows
 
 
 def test_contenders_that_compute_something_else_are_not_timed() -> None:
