@@ -29,7 +29,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
@@ -59,6 +59,13 @@ def loss_fn(params: Tree, state: Tree, batch: tuple[jax.Array, jax.Array]) -> tu
     return optax.l2_loss(pred, batch[1]).mean(), state
 
 
+def told(loss_fn: Any, mesh: Mesh) -> Any:
+    """Says where the results of the loss lie, which Linen's dropout does not say on Explicit axes, JAX's default."""
+    everywhere = NamedSharding(mesh, P())
+    explicit = AxisType.Explicit in mesh.axis_types
+    return jax.sharding.auto_axes(loss_fn, out_sharding=everywhere) if explicit else loss_fn
+
+
 def start() -> fs.Carry:
     """Step 0. Only ever traced: each device computes its own shards, and none holds the whole model."""
     variables = Net().init(jax.random.key(0), jnp.zeros((1, FEATURES)), train=False)
@@ -83,10 +90,11 @@ def my_part(step: int) -> tuple[np.ndarray, np.ndarray]:
 
 def train(folder: pathlib.Path, steps: int) -> None:
     """Trains from the newest checkpoint, or from the start, to that step."""
-    mesh = Mesh(np.array(jax.devices()), ("data",))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
     shardings = fully_sharded(jax.eval_shape(start), mesh)
     carry = jax.jit(start, out_shardings=shardings)()
-    step = fs.jit_step(fs.assert_max_traces(fs.with_ema(fs.with_optimizer(loss_fn, tx), decay=0.9)), like=carry)
+    averaged = fs.with_ema(fs.with_optimizer(told(loss_fn, mesh), tx), decay=0.9)
+    step = fs.jit_step(fs.assert_max_traces(averaged), like=carry)
     rows = NamedSharding(mesh, P("data"))
     with ocp.CheckpointManager(folder / "steps", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
         if manager.latest_step() is not None:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
@@ -27,8 +27,8 @@ Tree = dict[str, Any]
 Batch = tuple[jax.Array, jax.Array]
 Step = Callable[[fs.Carry, Batch], tuple[fs.Carry, jax.Array]]
 STEPS, FEATURES = 20, 16
-LINE = Mesh(np.array(jax.devices()[:8]), ("data",))
-GRID = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "model"))
+LINE = jax.make_mesh((8,), ("data",), devices=jax.devices()[:8])
+GRID = jax.make_mesh((4, 2), ("data", "model"), devices=jax.devices()[:8])
 tx = optax.adam(1e-2)
 
 
@@ -52,24 +52,31 @@ def start() -> fs.Carry:
     return fs.init_carry(params, state | {"ema": params}, tx)
 
 
-def step_of(apply: Any, axis_name: str | None = None) -> Step:
+def told(loss_fn: Any, mesh: Mesh) -> Any:
+    """Says where the results of the loss lie, which Linen's layers do not say on Explicit axes, JAX's default."""
+    everywhere = NamedSharding(mesh, P())
+    explicit = AxisType.Explicit in mesh.axis_types
+    return jax.sharding.auto_axes(loss_fn, out_sharding=everywhere) if explicit else loss_fn
+
+
+def step_of(apply: Any, axis_name: str | None = None, mesh: Mesh | None = None) -> Step:
     """A step over the whole batch, or, with the name of a mesh axis, over each device's part of it."""
 
     def loss_fn(params: Tree, state: Tree, batch: Batch) -> tuple[jax.Array, Tree]:
         pred, state = apply(params, state, batch[0], train=True)
         return optax.l2_loss(pred, batch[1]).mean(), state
 
-    return fs.with_ema(fs.with_optimizer(loss_fn, tx, axis_name=axis_name), decay=0.9)
+    return fs.with_ema(fs.with_optimizer(told(loss_fn, mesh) if mesh else loss_fn, tx, axis_name=axis_name), decay=0.9)
 
 
-def whole() -> Step:
+def whole(mesh: Mesh | None = None) -> Step:
     """The model on the batch, wherever its rows are: the mesh is XLA's affair."""
-    return step_of(fs.with_mutable(Net()))
+    return step_of(fs.with_mutable(Net()), mesh=mesh)
 
 
 def per_example() -> Step:
     """The model on one example, mapped over the batch."""
-    return step_of(fs.vmap_stateful(fs.with_mutable(Net(axis_name="batch")), axis_name="batch"))
+    return step_of(fs.vmap_stateful(fs.with_mutable(Net(axis_name="batch")), axis_name="batch"), mesh=LINE)
 
 
 def on_each_device(inside: bool) -> Step:
@@ -103,8 +110,8 @@ def by_columns(carry: fs.Carry) -> Any:
 
 WAYS: dict[str, tuple[Callable[[], Step], Callable[[fs.Carry], Any]]] = {
     "jit, data parallel": (whole, replicated),
-    "jit, fully sharded": (whole, fully_sharded),
-    "jit, tensor parallel": (whole, by_columns),
+    "jit, fully sharded": (lambda: whole(LINE), fully_sharded),
+    "jit, tensor parallel": (lambda: whole(GRID), by_columns),
     "jit, vmap_stateful": (per_example, fully_sharded),
     "shard_map": (lambda: on_each_device(inside=False), replicated),
     "shard_map, vmap_stateful": (lambda: on_each_device(inside=True), replicated),

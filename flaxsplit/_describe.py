@@ -11,6 +11,8 @@ import numpy as np
 from jax.core import Tracer
 
 _SHORT = re.compile(r"^(b|f|i|u|c)[a-z]*?(\d+)")  # bfloat16 -> b, 16; kept apart from float16 below
+_ARRAY = re.compile(r"(?:\w+ )*([\w<>]+)\[(.*)\]( \(weak type\))?")  # what `kind_of` says of one
+_SIZES = re.compile(r"(?:^|,)(\d+)")  # without the mesh axes, whose names may hold digits: `64@x1,4`
 
 
 class Abstract(str):
@@ -26,6 +28,19 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.before} -> {self.after}"
+
+    @property
+    def kind(self) -> str:
+        """What sets the sides apart: `structure`, or of arrays `rows`, another `shape`, `dtype`, `weak` or `place`."""
+        before, after = _ARRAY.fullmatch(self.before), _ARRAY.fullmatch(self.after)
+        if not before or not after:
+            return "structure"
+        old, new = _SIZES.findall(before[2]), _SIZES.findall(after[2])
+        if old != new:
+            return "rows" if old and new and old[1:] == new[1:] else "shape"
+        if before[1] != after[1]:
+            return "dtype"
+        return "place" if before[3] == after[3] else "weak"
 
 
 ABSENT = "absent"

@@ -13,8 +13,9 @@ from ._checks import checked, is_function
 from ._describe import describe, is_array, is_numeric, keyed_leaves, same_structure
 from ._refusals.many import JIT_STEP, LIKE, PLACES, SECOND, UNDIVIDED, UNLIKE
 from ._types import JittedStep
+from ._unplaced import split_inside
 from ._upstream import reshard
-from ._wraps import wraps
+from ._wraps import name_of, wraps
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -110,6 +111,7 @@ def _cut(step: Callable[..., Any], places: Any) -> Callable[..., Any]:
         leaves, treedef = jax.tree.flatten(batch)
         goals = _of_each_leaf(places, batch)
         UNDIVIDED.unless(all(map(_fits, leaves, goals)), batch, goals, _fits)
+        split_inside(name_of(step))
         return step(carry, jax.tree.unflatten(treedef, map(_constrained, leaves, goals)), *others, **kwargs)
 
     return cut

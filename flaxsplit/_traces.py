@@ -15,7 +15,8 @@ from ._again import Traced
 from ._caller import caller
 from ._checks import check_count, checked
 from ._describe import abstract
-from ._refusals.watch import REMADE, RETRACED, TRACED
+from ._refusals.watch import REMADE, RETRACED, TRACED, UNPLACED
+from ._unplaced import plain_name, unplaced_into
 from ._wraps import name_of
 
 P = ParamSpec("P")
@@ -93,12 +94,15 @@ class CompileLog:
         compiles: backend compiles of each function.
         trace_seconds: time spent tracing it, in seconds.
         compile_seconds: time spent in the backend compiler, in seconds.
+        unplaced: arguments of each function that nobody placed beside others on a mesh, so every device has them whole
+            and computes all of them.
     """
 
     traces: Counter[str] = field(default_factory=Counter)
     compiles: Counter[str] = field(default_factory=Counter)
     trace_seconds: dict[str, float] = field(default_factory=dict)
     compile_seconds: dict[str, float] = field(default_factory=dict)
+    unplaced: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [
@@ -106,7 +110,8 @@ class CompileLog:
             f"{self.compile_seconds.get(name, 0):10.3f}  {name}"
             for name in sorted(self.traces | self.compiles)
         ]
-        return "\n".join(["traces   seconds compiles    seconds  function", *rows])
+        lines = [UNPLACED.format(name, self.unplaced[name]) for name in sorted(self.unplaced)]
+        return "\n".join(["traces   seconds compiles    seconds  function", *rows, *lines])
 
 
 @contextmanager
@@ -126,8 +131,10 @@ def compile_log() -> Generator[CompileLog, None, None]:
     Yields:
         A `CompileLog`, filled while open and kept afterwards. `print(log)` shows a table.
 
-    It reads `jax.monitoring`: it patches nothing, and does not run at a dispatch that compiles nothing. The names are
-    JAX's: for a function under `jax.pmap` the name is `_fun`.
+    Below the table it says which arguments each device of a mesh has whole because nobody placed them, such as a batch
+    from a loader: `jit_step(step, like=carry, batch=sharding)` splits it. It reads `jax.monitoring` and JAX's log of
+    compiles: it patches nothing, and does not run at a dispatch that compiles nothing. The names are JAX's: for a
+    function under `jax.pmap` the name is `_fun`.
     """
     log, lock, open_ = CompileLog(), threading.Lock(), threading.Event()
     open_.set()
@@ -135,8 +142,7 @@ def compile_log() -> Generator[CompileLog, None, None]:
     def listen(event: str, duration_secs: float, **details: Any) -> None:
         if event not in (_TRACE, _COMPILE) or not open_.is_set():
             return
-        name = str(details.get("fun_name", "?"))
-        name = name.removeprefix("jit(").removesuffix(")") if name.startswith("jit(") else name
+        name = plain_name(str(details.get("fun_name", "?")))
         counts, times = (log.traces, log.trace_seconds) if event == _TRACE else (log.compiles, log.compile_seconds)
         with lock:
             counts[name] += 1
@@ -144,7 +150,8 @@ def compile_log() -> Generator[CompileLog, None, None]:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        yield log
+        with unplaced_into(log.unplaced):
+            yield log
     finally:
         open_.clear()
         if hasattr(jax.monitoring, "unregister_event_duration_listener"):  # jax >= 0.8; a closed one stays deaf before

@@ -1,5 +1,6 @@
 """`jit_step(batch=...)`: a batch is cut over the mesh as it arrives, and no device computes another one's rows."""
 
+import logging
 from typing import Any
 
 import flax.linen as nn
@@ -56,6 +57,29 @@ def test_each_device_computes_its_share_of_a_host_batch(kind: str, microbatches:
         assert "all-gather" not in str(compiled.as_text())
     update = 16 * WIDTH * WIDTH  # Adam's own, on each device, generously
     assert flops["cut"] <= flops["whole"] / 8 + update
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_log_says_that_a_batch_is_whole_on_every_device(kind: str, capfd: Any) -> None:
+    """Nobody else notices. It says nothing of what was placed, whole or split, and of a single device."""
+    fix = "jit_step(step, like=carry, batch=sharding) splits a batch"
+    line = f"loss_fn: f32[{ROWS},{WIDTH}]: whole on each of 2 devices; {fix}"
+    step, mesh = fs.with_optimizer(loss_fn, TX), mesh_of(kind, 2)
+    rows, logger = NamedSharding(mesh, P("data")), logging.getLogger("jax._src.interpreters.pxla")
+    alone = fs.init_carry(*fs.split_params(nn.Dense(WIDTH).init(jax.random.key(0), HOST)), TX)
+    before = logger.level, [*logger.filters]
+    for carry, batch, options, expected in (
+        (carry_on(mesh), HOST, {}, [line]),
+        (carry_on(mesh), HOST, {"batch": rows}, []),
+        (carry_on(mesh), jax.device_put(HOST, rows), {}, []),
+        (alone, HOST, {}, []),
+    ):
+        with fs.compile_log() as outer, fs.compile_log() as inner:
+            fs.jit_step(step, like=carry, **options)(carry, batch)
+        for log in (outer, inner):
+            assert str(log).splitlines()[1 + len(log.traces | log.compiles) :] == expected
+    assert (logger.level, [*logger.filters]) == before
+    assert "Compiling" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)

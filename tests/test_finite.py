@@ -160,9 +160,11 @@ def test_on_a_mesh(kind: Any) -> None:
     assert int(after.step) == 1
 
 
-def test_under_shard_map_all_devices_take_a_step_or_none() -> None:
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_under_shard_map_all_devices_take_a_step_or_none(kind: AxisType) -> None:
     """The params are in parts, one of which gets a gradient that is no number: the other devices see nothing of it."""
-    mesh = two_devices(AxisType.Auto)
+    mesh = two_devices(kind)
+    cut = NamedSharding(mesh, P("data"))
 
     def loss_fn(params: Any, state: Any, batch: Any) -> Any:
         return (params["w"] * batch).sum(), state
@@ -177,10 +179,10 @@ def test_under_shard_map_all_devices_take_a_step_or_none() -> None:
         return carry, jax.lax.psum(loss, "data")
 
     mapped = jax.jit(jax.shard_map(summed, mesh=mesh, in_specs=(specs, P("data")), out_specs=(specs, P())))
-    after, loss = jax.block_until_ready(mapped(carry, jnp.ones(16).at[5].set(jnp.inf)))
+    after, loss = jax.block_until_ready(mapped(carry, jax.device_put(jnp.ones(16).at[5].set(jnp.inf), cut)))
     assert_equal(after, carry)
     assert not np.isfinite(loss)
-    after, _ = mapped(carry, jnp.ones(16))
+    after, _ = mapped(carry, jax.device_put(jnp.ones(16), cut))
     np.testing.assert_allclose(after.params["w"], jnp.arange(16.0) - 0.1, rtol=1e-6)
 
 

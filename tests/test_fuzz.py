@@ -29,7 +29,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
@@ -39,13 +39,14 @@ from .drawn_models import BATCH, LANES, Drawn, Dropout, Lanes, Model, NnxModel, 
 from .flags import needs_jit, needs_promotion
 from .models import structure
 from .nnx_models import loss_of
-from .test_mesh import assert_close, by_shape, on
+from .test_mesh import assert_close, by_shape, on, told
 from .test_nnx import leaves_of
 
 # Every state has an average, to see that nothing else touches it.
 pytestmark = [needs_jit, pytest.mark.filterwarnings("ignore:with_optimizer:flaxsplit.UntouchedStateWarning")]
 DECAY = 0.9
-PAIRS = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)  # two divides a drawn model's width
+KINDS = (AxisType.Auto, AxisType.Explicit)
+PAIRS = {kind: jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind)) for kind in KINDS}  # two divides a width
 SGD = optax.sgd(0.05, momentum=0.9)
 
 
@@ -92,8 +93,10 @@ def averaged(stack: Stack, params: Any, state: Any) -> Any:
     return params if stack.of == "params" else {"params": params, **own}
 
 
-def stepped(model: Model, stack: Stack, tx: optax.GradientTransformation, traces: int = 1) -> Any:
-    """The step of a stack, traced so often at most."""
+def stepped(
+    model: Model, stack: Stack, tx: optax.GradientTransformation, traces: int = 1, mesh: Mesh | None = None
+) -> Any:
+    """The step of a stack, traced so often at most; where a mesh has Explicit axes, its loss says where results go."""
     fn = applied(model, stack)
 
     def loss_fn(params: Any, state: Any, batch: Any, weight: Any = 1.0) -> tuple[Any, Any]:
@@ -103,7 +106,8 @@ def stepped(model: Model, stack: Stack, tx: optax.GradientTransformation, traces
     def by_name(params: Any, state: Any, batch: Any, *, weight: Any = 1.0) -> tuple[Any, Any]:
         return loss_fn(params, state, batch, weight)
 
-    return wrapped(stack, by_name if stack.given == "name" else loss_fn, tx, traces)
+    chosen = by_name if stack.given == "name" else loss_fn
+    return wrapped(stack, told(chosen, mesh) if mesh else chosen, tx, traces)
 
 
 def wrapped(stack: Stack, loss_fn: Any, tx: optax.GradientTransformation, traces: int) -> Any:
@@ -614,16 +618,16 @@ def test_law_5_microbatches(model: Model, data: st.DataObject) -> None:
 
 @some.fuzzed(model=some.models(rounding=False), data=st.data())
 def test_law_8_mesh(model: Model, data: st.DataObject) -> None:
-    stack = data.draw(some.stacks(model))
+    stack, mesh = data.draw(some.stacks(model)), PAIRS[data.draw(st.sampled_from(KINDS))]
     single = fs.init_carry(*begun(model, stack), SGD)
-    sharded = jax.device_put(jax.tree.map(jnp.copy, single), by_shape(PAIRS, single))
+    sharded = jax.device_put(jax.tree.map(jnp.copy, single), by_shape(mesh, single))
     step = jitted(stepped(model, stack, SGD), Stack(), single)
-    on_mesh: Any = fs.jit_step(stepped(model, stack, SGD), like=sharded)
+    on_mesh: Any = fs.jit_step(stepped(model, stack, SGD, mesh=mesh), like=sharded)
     for seed in range(2):
         x, y = (jnp.concatenate([leaf, leaf]) for leaf in model.batch(seed))  # eight examples
         if model.cached:
             x, y = x[:BATCH], y[:BATCH]
-        spread = NamedSharding(PAIRS, P(("data", "model"))) if len(x) == 8 else on(PAIRS, "data")
+        spread = NamedSharding(mesh, P(("data", "model"))) if len(x) == 8 else on(mesh, "data")
         single, expected = step(single, (x, y))
         sharded, loss = on_mesh(sharded, jax.device_put((x, y), spread))
         assert_close((sharded, loss), (single, expected), 1e-3)

@@ -169,9 +169,10 @@ def test_each_mistake_is_told_once_with_every_leaf(name: str, way: str, mistake:
     assert ("which is kept" in warning.leaves[0]) == (mistake == "forked")
 
 
-def test_devices_of_a_mesh() -> None:
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_devices_of_a_mesh(kind: AxisType) -> None:
     fn, params, state = linen(Dropping("data"), lambda fn: fs.with_rngs(fn, axis_name="data"))
-    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(kind,))
 
     def run(mistake: str) -> Any:
         step = fs.with_optimizer(twice(fn, mistake), TX, axis_name="data")

@@ -2171,9 +2171,10 @@ def test_retrace_for_a_shape() -> None:
 @needs_jit
 def test_each_change_has_its_own_fix() -> None:
     carry, other = {"mean": jnp.ones(5), "scale": 1.0}, {"mean": jnp.ones((1, 5)), "scale": jnp.float32(1)}
-    error = retraced((carry, X), (other, X[:7]))
+    error = retraced((carry | {"old": Y}, X), (other | {"new": Y}, X[:7]))
     assert error.fix.split("; ") == [
         "state = settle_state(loss_fn, params, state, batch) before init_carry",
+        "keep the structure, and make static values, tx and functions once, outside the loop",
         "init_carry for the carry, jnp.asarray(value, dtype) for Python numbers",
         "drop or pad the ragged last batch",
         "or a higher max_traces, if each is meant",

@@ -222,9 +222,10 @@ def test_dynamic_scale_skips_an_overflow() -> None:
     assert int(both[0].step) == 2
 
 
-def test_sharpness_aware_steps_per_device() -> None:
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_sharpness_aware_steps_per_device(kind: AxisType) -> None:
     """SAM with a perturbation of each device's own, as in GSAM's code: only the second gradient is averaged."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
     rho = 0.05
 
     def loss_fn(params: Any, state: Any, batch: Any) -> Any:

@@ -183,10 +183,11 @@ def test_dynamic_scale_differentiates_the_loss_function_itself() -> None:
 # Each device, each example, each member
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("alpha", [0.0, 0.4], ids=["sam", "gsam"])
-def test_each_device_perturbs_by_its_own_gradient(alpha: float) -> None:
+def test_each_device_perturbs_by_its_own_gradient(alpha: float, kind: AxisType) -> None:
     """SAM, and GSAM, which takes from the average what of the plain gradient is orthogonal to it."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
 
     class Synced(nn.Module):
         """BatchNorm over all devices."""

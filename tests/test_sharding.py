@@ -18,6 +18,7 @@ from .models import MLP, X, Y
 
 pytestmark = needs_jit
 LINE = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 TX = optax.adam(1e-2)
 KEY = jax.random.key(0)
 
@@ -44,7 +45,7 @@ def test_abstract_initialisation_goes_straight_into_shards() -> None:
             np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@KINDS
 def test_zero_1_splits_the_moments_alone(kind: AxisType) -> None:
     mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
     everywhere, cut = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
@@ -85,27 +86,33 @@ def start() -> fs.Carry:
     return fs.init_carry(*fs.split_params(MLP(axis_name=None).init(KEY, X)), TX)
 
 
-def statistics(axis_name: Any, mapped: bool, microbatches: int = 1, **options: Any) -> list[Any]:
+def statistics(axis_name: Any, mapped: bool, kind: AxisType, microbatches: int = 1, **options: Any) -> list[Any]:
     """The running mean that each of eight devices holds after one step under shard_map."""
     step = step_of(axis_name, mapped, axis_name="data", microbatches=microbatches)
-    step = jax.shard_map(step, mesh=LINE, in_specs=(P(), P("data")), out_specs=(P(), P()), **options)
-    carry, _ = jax.jit(step)(jax.device_put(start(), NamedSharding(LINE, P())), (X, Y))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()), **options)
+    batch = jax.device_put((X, Y), NamedSharding(mesh, P("data")))
+    carry, _ = jax.jit(step)(jax.device_put(start(), NamedSharding(mesh, P())), batch)
     mean = carry.state["batch_stats"]["BatchNorm_0"]["mean"]
     return [np.asarray(shard.data) for shard in mean.addressable_shards]
 
 
+@KINDS
 @pytest.mark.parametrize(("axis_name", "mapped"), [("data", False), (("data", "batch"), True)])
-def test_synced_by_name_the_statistics_are_those_of_the_global_batch(axis_name: Any, mapped: bool) -> None:
+def test_synced_by_name_the_statistics_are_those_of_the_global_batch(
+    axis_name: Any, mapped: bool, kind: AxisType
+) -> None:
     single, _ = jax.jit(step_of(None, False))(start(), (X, Y))
     expected = single.state["batch_stats"]["BatchNorm_0"]["mean"]
-    for each in statistics(axis_name, mapped, check_vma=not mapped):
+    for each in statistics(axis_name, mapped, kind, check_vma=not mapped):
         np.testing.assert_allclose(each, expected, rtol=1e-5, atol=1e-6)
 
 
+@KINDS
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_not_synced_over_the_mesh_the_leaf_is_named(microbatches: int) -> None:
+def test_not_synced_over_the_mesh_the_leaf_is_named(microbatches: int, kind: AxisType) -> None:
     with pytest.raises(fs.UnsyncedStateError) as caught:
-        statistics(None, False, microbatches)
+        statistics(None, False, kind, microbatches)
     assert str(caught.value) == (
         "value_and_grad(axis_name=...): state must come out the same on every device of the axis 'data'\n"
         "  got:\n"
@@ -116,7 +123,10 @@ def test_not_synced_over_the_mesh_the_leaf_is_named(microbatches: int) -> None:
     )
 
 
-def test_params_that_are_each_devices_own_stay_so() -> None:
+@KINDS
+def test_params_that_are_each_devices_own_stay_so(kind: AxisType) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+
     def loss_fn(params: Any, state: Any, batch: Any) -> Any:
         return (params["w"] * batch).mean(), state
 
@@ -126,18 +136,21 @@ def test_params_that_are_each_devices_own_stay_so() -> None:
     def trained(params: Any, batch: Any) -> Any:
         return step(fs.Carry(jnp.zeros((), jnp.int32), params, {}, tx.init(params)), batch)[0].params
 
-    each = jax.shard_map(trained, mesh=LINE, in_specs=(P("data"), P("data")), out_specs=P("data"))
-    ours = jax.jit(each)({"w": jnp.arange(8.0)}, jnp.arange(8.0))["w"]
+    each = jax.shard_map(trained, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data"))
+    row = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, P("data")))
+    ours = jax.jit(each)({"w": row}, row)["w"]
     np.testing.assert_allclose(ours, jnp.arange(8.0) - 0.35, rtol=1e-6)
 
 
+@KINDS
 @pytest.mark.parametrize(("axis_name", "mapped"), [(None, False), ("batch", True)])
-def test_with_the_check_of_jax_off_each_device_has_its_own(axis_name: Any, mapped: bool) -> None:
+def test_with_the_check_of_jax_off_each_device_has_its_own(axis_name: Any, mapped: bool, kind: AxisType) -> None:
     # which a name of vmap's inside needs: JAX marks what varies along mesh axes only
-    means = statistics(axis_name, mapped, check_vma=False)
+    means = statistics(axis_name, mapped, kind, check_vma=False)
     assert len({each.tobytes() for each in means}) == 8  # one array, says its sharding
 
 
-def test_not_synced_over_vmap_the_leaf_is_named() -> None:
+@KINDS
+def test_not_synced_over_vmap_the_leaf_is_named(kind: AxisType) -> None:
     with pytest.raises(fs.UnsyncedStateError, match=r"state\['batch_stats'\]\['BatchNorm_0'\]\['mean'\]: differs"):
-        statistics("data", True)
+        statistics("data", True, kind)

@@ -16,8 +16,6 @@ import flaxsplit as fs
 from .flags import needs_donation
 from .models import MLP, Dropping, X, Y
 
-MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-
 
 def loss_fn(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
     """Linear regression, counting the batches."""
@@ -35,17 +33,20 @@ def assert_close(left: Any, right: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), left, right)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_axis_name_averages_under_shard_map(check_vma: bool, microbatches: int) -> None:
+def test_axis_name_averages_under_shard_map(check_vma: bool, microbatches: int, kind: AxisType) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     tx = optax.sgd(0.1, momentum=0.9)  # not Adam: it would not see gradients that are eight times too large
     step = fs.with_optimizer(loss_fn, tx, axis_name="data", microbatches=microbatches)
     sharded = jax.jit(
-        jax.shard_map(step, mesh=MESH, in_specs=(P(), P("data")), out_specs=(P(), P()), check_vma=check_vma)
+        jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()), check_vma=check_vma)
     )
-    ours, plain = start(tx, NamedSharding(MESH, P())), start(tx)
+    ours, plain = start(tx, NamedSharding(mesh, P())), start(tx)
+    batch = jax.device_put((X, Y), NamedSharding(mesh, P("data")))
     for _ in range(3):
-        ours, loss = sharded(ours, (X, Y))
+        ours, loss = sharded(ours, batch)
         plain, expected = fs.with_optimizer(loss_fn, tx)(plain, (X, Y))
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert_close(ours.params, plain.params)

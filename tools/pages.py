@@ -16,10 +16,10 @@ HEAD = "# API\n\nEvery public name, in the order in which a training loop meets 
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages, and the pictures of the report."""
-    readme = (ROOT / "README.md").read_text().replace("](docs/reference.md", "](api.md").replace("](docs/", "](")
+    readme = (ROOT / "README.md").read_text().replace("](docs/", "](").replace('src="docs/', 'src="')
     files.append(File.generated(config, "index.md", content=readme))
     files.append(File.generated(config, "CHANGELOG.md", abs_src_path=str(ROOT / "CHANGELOG.md")))
-    files.append(File.generated(config, "api.md", content=api(readme)))
+    files.append(File.generated(config, "api.md", content=api()))
     for path in (ROOT / "examples" / "recipes").glob("*.py"):
         files.append(File.generated(config, f"recipes/{path.stem}.md", content=recipe(path)))
     for path in [*(ROOT / "stubs").glob("*.md"), *(ROOT / "benchmarks" / "results").glob("*/*.*")]:
@@ -33,6 +33,7 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     if page.file.src_uri.startswith(WIDE):
         page.meta["hide"] = ["toc"]
     markdown = re.sub(r"\]\(((?:\.\./)*)\.\./examples/(recipes/\w+)\.py\)", r"](\1\2.md)", markdown)
+    markdown = markdown.replace("](reference.md)", "](api.md)")
     return markdown.replace("](../", "](") if "/" not in page.file.src_uri else markdown
 
 
@@ -45,11 +46,12 @@ def recipe(path: pathlib.Path) -> str:
     return f"# {title.rstrip('.')}\n\n{prose}\n\n```sh\n{command}\n```\n\n```python\n{code}\n```\n"
 
 
-def api(readme: str) -> str:
-    """The README's list of combinators, each with its docstring; then the types and the errors."""
+def api() -> str:
+    """The table of combinators, each with its docstring; then the types and the errors."""
+    combinators = (ROOT / "docs" / "combinators.md").read_text()
     public = PUBLIC.findall((ROOT / "flaxsplit" / "__init__.py").read_text())
     lines = [HEAD]
-    for names, page, words in TABLE.findall(readme):
+    for names, page, words in TABLE.findall(combinators):
         found = re.findall(r"`(\w+)`", names)
         lines += [
             f"## {names}",

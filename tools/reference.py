@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reference.md"
-TABLE = re.compile(r"^\| \[(`.*`)\]\(docs/(.*)\) \| (.*) \|$", re.MULTILINE)
+TABLE = re.compile(r"^\| \[(`.*`)\]\((.*)\) \| (.*) \|$", re.MULTILINE)
 SECTION = re.compile(r"^(Args|Returns|Yields|Raises|Warns):\n((?:(?:    .*)?\n?)*)", re.MULTILINE)
 ENTRY = re.compile(r"^    (\S[^:\n]*): (.*(?:\n {8}.*)*)", re.MULTILINE)
 HEAD = """# Reference
@@ -32,9 +32,9 @@ def functions() -> dict[str, ast.FunctionDef]:
 
 
 def page() -> str:
-    """The page, in the order of the README's table."""
+    """The page, in the order of the table of combinators."""
     known, parts = functions(), [HEAD]
-    for names, link, _ in TABLE.findall((ROOT / "README.md").read_text()):
+    for names, link, _ in TABLE.findall((ROOT / "docs" / "combinators.md").read_text()):
         for name in re.findall(r"`(\w+)`", names):
             parts += [f"## [{name}]({link})", *described(known[name])]
     return "\n\n".join(parts) + "\n"

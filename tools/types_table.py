@@ -189,9 +189,10 @@ def shown(typed: dict[str, set[Finding]], bare: dict[str, set[Finding]]) -> str:
         code = f"{said_of_it.code}: "
         lines.append(f"{checker + ':':9}{said_of_it.message.removeprefix(code)}  [{said_of_it.code}]")
     lines.append(f">>> {theirs.text}")
+    groups: dict[str, list[str]] = {}
     for checker in CHECKERS:
-        found = codes_at(bare[checker], "tests/typing/wrong_flax.py", theirs.line)
-        lines.append(f"{checker + ':':9}{said(found)}")
+        groups.setdefault(said(codes_at(bare[checker], "tests/typing/wrong_flax.py", theirs.line)), []).append(checker)
+    lines += [f"{', '.join(those)}: {words}" for words, those in groups.items()]
     return "\n".join(["```text", *lines, "```"])
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from flax.training import train_state
 from jax import Array
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
@@ -87,10 +87,10 @@ after = fs.with_optimizer(loss_fn, tx, axis_name="data")
 
 def run(step: Callable[..., Any], carry: Any, batch: Batch) -> list[float]:
     """On all devices: the batch is split over them, everything else is the same on each."""
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
     mapped: Any = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
-    compiled = fs.jit_step(fs.assert_max_traces(mapped))
     carry, losses = jax.device_put(carry, NamedSharding(mesh, P())), list[float]()
+    compiled = fs.jit_step(fs.assert_max_traces(mapped), like=carry, batch=NamedSharding(mesh, P("data")))
     for _ in range(STEPS):
         carry, loss = compiled(carry, batch)
         losses.append(float(loss))

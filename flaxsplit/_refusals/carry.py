@@ -105,7 +105,7 @@ def DRIFT(where: str, name: str, before: Any, after: Any) -> Explained:  # noqa:
     """What comes out is not of the form of what went in."""
     changed = differences(jax.tree.map(strong, before), after, name)
     part = _part_of(before, after) if name == "state" else None
-    if part is None and name == "state" and (other := _others(before, after)):
+    if part is None and name == "state" and (other := _others(before, after, changed)):
         cause = "aux was returned where the new state is due, or a collection that the state does not begin with"
         begins = "state | {" + ", ".join(f"{each!r}: ..." for each in other) + "} before init_carry"
         lines = [str(each) for each in changed]
@@ -124,10 +124,13 @@ _SAME = "what comes out must have the structure, shapes and dtypes of what goes 
 _WHOLE = "return loss, new_state"
 
 
-def _others(before: Any, after: Any) -> list[str]:
-    """The collections of a result that shares none with the state."""
-    are_trees = isinstance(before, Mapping) and isinstance(after, Mapping)
-    return sorted(map(str, after)) if are_trees and before.keys().isdisjoint(after) else []
+def _others(before: Any, after: Any, changed: list[Difference]) -> list[str]:
+    """The collections that the state lacks, where nothing else changed or nothing of the state is there; none sown."""
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+        return []
+    new = sorted(map(str, after.keys() - before.keys()))
+    alone = all(each.path.startswith(tuple(f"state[{name!r}]" for name in new)) for each in changed)
+    return new if before.keys().isdisjoint(after) or (alone and not sown_in(changed)) else []
 
 
 def _part_of(before: Any, after: Any) -> str | None:
@@ -137,10 +140,10 @@ def _part_of(before: Any, after: Any) -> str | None:
 
 
 def _kind_of(changed: list[Difference]) -> str:
-    sides = [(each.before.split("["), each.after.split("[")) for each in changed]
-    if any(len(side) != 2 for pair in sides for side in pair):
+    kinds = {each.kind for each in changed}
+    if "structure" in kinds:
         return "structure"
-    return "shape" if any(before[1] != after[1] for before, after in sides) else "dtype"
+    return "dtype" if kinds <= {"dtype", "weak"} else "shape"
 
 
 def _cause_and_fix(name: str, changed: list[Difference]) -> tuple[str, str]:

@@ -1,6 +1,5 @@
 """Refusals of what watches the compiler."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,8 @@ from flaxsplit._wraps import name_of
 
 from .options import form
 
+UNPLACED = "{}: {}; jit_step(step, like=carry, batch=sharding) splits a batch"
+"""A line below the table of `compile_log`: the function, and its arguments."""
 TRACED = form("assert_max_traces(fn)", "fn must be a function", "assert_max_traces(step)")
 
 
@@ -58,27 +59,16 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[Difference]:
 
 
 def _fix(changed: list[Difference]) -> str:
-    sides = [side for each in changed for side in (each.before, each.after)]
     if any("state['params']" in each.path for each in changed):
         return "a step of its own for each choice of trainable: jit_step(assert_max_traces(step)) anew"
-    if not all("[" in side for side in sides):
-        return "keep the structure, and make static values, tx and functions once, outside the loop"
-    return "; ".join(dict.fromkeys(map(_mend, changed)))
+    return "; ".join(dict.fromkeys(_MENDED[each.kind] for each in changed))
 
 
-def _mend(change: Difference) -> str:
-    (before, old), (after, new) = (re.split(r"\W", side, maxsplit=1) for side in (change.before, change.after))
-    if before != after:
-        return "jnp.asarray(value, dtype), one dtype in every call"
-    if _sizes(old) != _sizes(new):
-        if _sizes(old)[1:] == _sizes(new)[1:] and _sizes(old) and _sizes(new):
-            return "drop or pad the ragged last batch"
-        return "state = settle_state(loss_fn, params, state, batch) before init_carry"
-    if "(weak type)" in change.before + change.after:
-        return "init_carry for the carry, jnp.asarray(value, dtype) for Python numbers"
-    return "jit_step(step, like=carry), and every batch put on the mesh alike"
-
-
-def _sizes(shape: str) -> list[str]:
-    """Without the mesh axes, whose names may hold digits: `64@x1,4`."""
-    return re.findall(r"(?:^|,)(\d+)", shape.partition("]")[0])
+_MENDED = {
+    "structure": "keep the structure, and make static values, tx and functions once, outside the loop",
+    "rows": "drop or pad the ragged last batch",
+    "shape": "state = settle_state(loss_fn, params, state, batch) before init_carry",
+    "dtype": "jnp.asarray(value, dtype), one dtype in every call",
+    "weak": "init_carry for the carry, jnp.asarray(value, dtype) for Python numbers",
+    "place": "jit_step(step, like=carry), and every batch put on the mesh alike",
+}

@@ -4,13 +4,14 @@ import os
 import pathlib
 import re
 
+import jax
 import pytest
 
 from tests.flags import needs_jit
 
 from .processes import ended_well, free_port, running
 
-CASES = 2 + 11 + 8 + 2
+CASES = 2 + 11 + 8 + (4 if jax.__version_info__ >= (0, 7) else 3)
 
 
 @pytest.mark.slow

@@ -1,0 +1,693 @@
+"""Every fix that a message prints, typed as printed: it runs, where the mistake failed.
+
+Each case is a mistake, the code that its message prints, and the program around that code, where it needs one. `...` in
+a fix stands for what only the user has. What is words and no code stands in `WORDS`, with the reason.
+"""
+
+import functools
+import pathlib
+import re
+import warnings
+from typing import Any, NamedTuple
+
+import pytest
+
+import flaxsplit as fs
+
+from .flags import needs_jit
+
+pytestmark = needs_jit
+START = """
+import functools
+import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, optax
+from flax import nnx
+from flaxsplit import *
+from flaxsplit import from_nnx
+
+class Model(nn.Module):
+    axis_name: str | tuple[str, ...] | None = None
+    drops: bool = False
+    sows: bool = False
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.Dense(4)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)(x))
+        x = nn.Dropout(0.5, deterministic=not train)(x) if self.drops else x
+        if self.sows:
+            self.sow("intermediates", "x", x)
+            self.sow("losses", "l2", (x**2).sum())
+        return nn.Dense(1, name="head")(x)
+    def decode(self, x):
+        return x
+    def encode(self, x):
+        return x
+
+x, y, key = jax.random.normal(jax.random.key(1), (8, 3)), jnp.ones((8, 1)), jax.random.key(0)
+args, batch, train = (x,), (x, y), True
+dropping, sowing, synced = Model(drops=True), Model(sows=True), Model("batch")
+model = module = Model()
+variables = module.init(key, x, train=False)
+params, state = split_params(variables)
+tx = optax.adam(0.1)
+fn = apply = with_mutable(model)
+
+def loss_fn(params, state, batch, key=None):
+    out, new_state = fn(params, state, batch[0])
+    return jnp.mean((out - batch[1]) ** 2), new_state
+
+carry = init_carry(params, state, tx)
+step = with_optimizer(loss_fn, tx)
+"""
+
+
+class Case(NamedTuple):
+    """A mistake; a part of the fix that its message prints, or several; and the program, in which FIX stands for it."""
+
+    wrong: str
+    typed: str | tuple[str, ...]
+    then: str = "FIX"
+    own: str = ""  # what the user has where the fix has an ellipsis
+
+    def program(self) -> str:
+        """What is run after the mistake."""
+        parts = (self.typed,) if isinstance(self.typed, str) else self.typed
+        text = self.then
+        for i, part in reversed([*enumerate(parts)]):
+            text = text.replace(f"FIX{i}" if len(parts) > 1 else "FIX", part.replace("...", self.own or "..."))
+        return text
+
+
+def in_loss(line: str, **options: str) -> str:
+    """A loss whose last line is the fix, and a step of it."""
+    given = "".join(f", {name}={value}" for name, value in options.items())
+    return f"""
+def fixed(params, state, batch):
+    out, new_state = apply(params, state, batch[0])
+    loss = per_example = (out - batch[1]) ** 2
+    loss = loss if {"mean" in line} else loss.mean()
+    aux = out
+    FIX
+with_optimizer(fixed, tx{given})(carry, batch)
+"""
+
+
+def losing(result: str) -> str:
+    """A step of a loss that returns something else."""
+    return f"""
+def wrong(params, state, batch):
+    out, new_state = apply(params, state, batch[0])
+    loss = jnp.mean((out - batch[1]) ** 2)
+    return {result}
+with_optimizer(wrong, tx)(carry, batch)
+"""
+
+
+RETRACED = """
+step = jax.jit(assert_max_traces(lambda carry, batch: (carry, batch)))
+step(FIRST)
+step(SECOND)
+"""
+
+
+def retraced(first: str, second: str) -> str:
+    """Two calls that differ."""
+    return RETRACED.replace("FIRST", first).replace("SECOND", second)
+
+
+DROPS = "params, state = split_params(dropping.init({'params': key, 'dropout': key}, x))\n"
+CASES = (
+    # split_params, merge_state
+    Case("split_params([x])", "split_params(module.init(key, x))"),
+    Case("split_params(state)", "split_params(module.init(key, x))"),
+    Case("variables = state\nsplit_params(variables)", "split_params({'params': {}, **variables})"),
+    Case("variables = {'params': variables}\nsplit_params(variables)", "split_params(variables['params'])"),
+    Case(
+        "variables = {'params': {'params': {'w': x}}}\nsplit_params(variables)",
+        "split_params(variables['params'])",
+    ),
+    Case("split_params(variables, trainable='Dense0/*')", "'Dense_0/*'", "split_params(variables, trainable=FIX)"),
+    Case("split_params(variables, trainable='zzzzzzz')", "'head/*'", "split_params(variables, trainable=FIX)"),
+    Case(
+        "split_params(variables, trainable='!Dense_0/*')",
+        "trainable=lambda path, leaf: not path.startswith('Dense_0/')",
+        "split_params(variables, FIX)",
+    ),
+    Case(
+        "split_params(variables, trainable={'tail': True})",
+        "trainable=jax.tree.map(lambda leaf: ..., variables['params'])",
+        "split_params(variables, FIX)",
+        "leaf.ndim > 1",
+    ),
+    Case(
+        "split_params(variables, trainable=jax.tree.map(jnp.ones_like, variables['params']))",
+        "trainable=jax.tree.map(lambda leaf: leaf.ndim > 1, variables['params'])",
+        "split_params(variables, FIX)",
+    ),
+    Case("split_params(variables, trainable=3)", "split_params(variables, trainable='head/*')"),
+    Case(
+        "variables = {'params': [x]}\nsplit_params(variables)",
+        "split_params({'params': {'w': variables['params']}})",
+    ),
+    Case(
+        "merge_state(params, {'params': params})",
+        "params, state = split_params(variables, trainable=...); merge_state(params, state)",
+        own="'head/*'",
+    ),
+    Case("merge_state(variables, state)", "params, state = split_params(variables)", "FIX\nmerge_state(params, state)"),
+    Case("merge_state(state, params)", "merge_state(params, state)"),
+    Case("fn(state, params, x)", "fn(params, state, *args)"),
+    Case("fn(variables, state, x)", "params, state = split_params(variables)", "FIX\nfn(params, state, x)"),
+    Case(
+        "fn({'params': params}, state, x)",
+        "params, state = split_params(variables)",
+        "FIX\nfn(params, state, x)",
+    ),
+    # with_mutable
+    Case("class MLP(Model):\n    pass\nwith_mutable(MLP)", "with_mutable(MLP(...))", own="axis_name=None"),
+    Case("with_mutable({'params': {}})", "with_mutable(model)"),
+    Case("with_mutable(model, method='generate')", "with_mutable(model, method=Model.decode)"),
+    Case("with_mutable(model, method='encod')", "with_mutable(model, method='encode')"),
+    Case(
+        "with_mutable(nn.apply(Model.__call__, model), method='__call__')",
+        ("with_mutable(model, method=Model.decode)", "with_mutable(nn.apply(Model.decode, model))"),
+        "FIX0, FIX1",
+    ),
+    Case("with_mutable(fn)", "fn(params, state, x)"),
+    Case(
+        "module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))\nwith_mutable(module)",
+        "fn, params, state = from_nnx(module)",
+        "FIX\nfn(params, state, jnp.ones(2))",
+    ),
+    Case(
+        "model = synced\nwith_mutable(model)(params, state, x)",
+        "vmap_stateful(with_mutable(model), axis_name='batch')",
+        "(FIX)(params, state, x)",
+    ),
+    Case(
+        "with_mutable(model, mutable=['batch_stat'])(params, state, x)",
+        "'batch_stats'",
+        "with_mutable(model, mutable=[FIX])(params, state, x)",
+    ),
+    Case(
+        "fn = model\nwith_mutable(fn, mutable=['params'])(params, state, x)",
+        ("with_mutable(fn)", "mutable=True"),
+        "FIX0(params, state, x)\nwith_mutable(fn, FIX1)(params, state, x)",
+    ),
+    Case(
+        "class Writes(nn.Module):\n"
+        "    @nn.compact\n"
+        "    def __call__(self, x):\n"
+        "        self.param('scale', nn.initializers.ones, ())\n"
+        "        self.put_variable('params', 'scale', x.sum())\n"
+        "        return x\n"
+        "with_mutable(Writes())({'scale': jnp.ones(())}, {}, x)",
+        "self.variable('counts', ...)",
+        "class Counts(nn.Module):\n"
+        "    @nn.compact\n"
+        "    def __call__(self, x):\n"
+        "        FIX.value += 1\n"
+        "        return x\n"
+        "with_mutable(Counts())({}, {'counts': {'n': jnp.zeros(())}}, x)",
+        "'n', lambda: jnp.zeros(())",
+    ),
+    Case(
+        "class Loop(nn.Module):\n"
+        "    options: tuple = ()\n"
+        "    @nn.compact\n"
+        "    def __call__(self, x):\n"
+        "        def turn(self, i):\n"
+        "            self.put_variable('counts', 'n', self.get_variable('counts', 'n') + 1)\n"
+        "            return i + 1\n"
+        "        self.variable('counts', 'n', jnp.zeros, ())\n"
+        "        return nn.while_loop(lambda _, i: i < 3, turn, self, 0, **dict(self.options)) + x\n"
+        "counts = {'counts': {'n': jnp.zeros(())}}\n"
+        "with_mutable(Loop())({}, counts, x)",
+        "carry_variables='counts'",
+        "with_mutable(Loop(tuple(dict(FIX).items())))({}, counts, x)",
+    ),
+    Case(
+        "fn = model\nwith_mutable(fn, mutable=False)(params, state, x, train=True)",
+        ("with_mutable(fn, mutable=['batch_stats'])", "train=False"),
+        "FIX0(params, state, x, train=True)\nwith_mutable(fn, mutable=False)(params, state, x, FIX1)",
+    ),
+    Case(
+        "fn(params, {}, x)",
+        ("params, state = split_params(module.init(key, x))", "fn(params, state, x)"),
+        "FIX0\nFIX1",
+    ),
+    Case(
+        "class Logs(nn.Module):\n"
+        "    def __call__(self, x):\n"
+        "        self.put_variable('log', 'last', x)\n"
+        "        return x\n"
+        "state = {}\n"
+        "with_mutable(Logs())({}, state, x)",
+        "state | {'log': ...}",
+        "with_mutable(Logs())({}, FIX, x)",
+        "{'last': 0 * x}",
+    ),
+    Case(
+        "fn = sowing\nwith_mutable(fn, mutable=['batch_stats', 'intermediates'])(params, state, x)",
+        "with_mutable(fn, capture='intermediates')",
+        "(FIX)(params, state, x)",
+    ),
+    Case(
+        "module = nn.Dense(2)\nwith_mutable(module)(split_params(nn.Dense(3).init(key, x))[0], {}, x)",
+        "params, state = split_params(module.init(key, x))",
+        "FIX\nwith_mutable(module)(params, state, x)",
+    ),
+    Case(
+        "with_mutable(model, capture='intermediates')(params, state, x)",
+        ("self.sow('intermediates', name, value)", "capture='intermediates'"),
+        "class Sows(nn.Module):\n"
+        "    def __call__(self, x):\n"
+        "        name, value = 'x', x\n"
+        "        FIX0\n"
+        "        return x\n"
+        "with_mutable(Sows(), FIX1)({}, {}, x)",
+    ),
+    Case(
+        "model = sowing\nstate = state | {'losses': {'l2': (jnp.zeros(()),)}}\n"
+        "loss = lambda params, state, x: (lambda out, new: (out.mean(), new))(*with_mutable(model)(params, state, x))\n"
+        "with_optimizer(loss, tx)(init_carry(params, state, tx), x)",
+        "with_mutable(model, capture='losses')",
+        "(out, sown), new_state = (FIX)(params, state, x)",
+    ),
+    Case(
+        "fn = model\nwith_mutable(fn, capture='batch_stats')(params, state, x)",
+        "out, new_state = with_mutable(fn)(params, state, x)",
+    ),
+    Case(
+        "class Perturbed(nn.Module):\n"
+        "    @nn.compact\n"
+        "    def __call__(self, x):\n"
+        "        return self.perturb('hidden', nn.Dense(3)(x))\n"
+        "module = Perturbed()\n"
+        "params, state = split_params(module.init(key, x))\n"
+        "x = x[:5]\n"
+        "with_mutable(module)(params, state, x)",
+        "state | {'perturbations': module.init(key, x)['perturbations']}",
+        "with_mutable(module)(params, FIX, x)\nwith_mutable(module)(params, {}, x)",
+    ),
+    Case("fn(params, state, x, True, {'dropout': key})", "fn(params, state, x, train)"),
+    Case(
+        "with_mutable(model)(params, state, x, mutable=['batch_stats'])",
+        ("with_mutable(model, mutable=['batch_stats'])(params, state, x)", "with_mutable(model)"),
+        "FIX0\nFIX1(params, state, x)",
+    ),
+    Case("fn(params, state, x, trian=True)", "train=", "fn(params, state, x, FIXTrue)"),
+    Case(
+        "class Evals(nn.Module):\n"
+        "    @nn.compact\n"
+        "    def __call__(self, x, train=False):\n"
+        "        return nn.BatchNorm(use_running_average=not train)(x)\n"
+        "model = Evals()\n"
+        "params, state = split_params(model.init(key, x))\n"
+        "fn = with_mutable(model)\n"
+        "fn(params, state, x)",
+        ("fn(params, state, x, train=True)", "with_mutable(fn, mutable=False)"),
+        "FIX0\nfn = model\nFIX1(params, state, x)",
+    ),
+    Case(
+        "fn(params, state | {'step': jnp.zeros(())}, x)",
+        "state | {'extra': ...}",
+        "fn(params, FIX, x)",
+        "jnp.zeros(())",
+    ),
+    # rng_state, with_rngs
+    Case("rng_state(noise=0)", "rng_state(noise=jax.random.key(0))"),
+    Case("rng_state()", "rng_state(dropout=jax.random.key(0))"),
+    Case(
+        DROPS + "model = dropping\nwith_rngs(with_mutable(model))(params, state, x)",
+        "init_carry(params, state | rng_state(dropout=key), tx)",
+        "carry = FIX\nwith_rngs(with_mutable(model))(carry.params, carry.state, x)",
+    ),
+    Case(
+        DROPS + "model, state = dropping, state | rng_state(dropout=key)\n"
+        "fn = with_rngs(with_mutable(model))\nfn(params, state, x, rngs={'dropout': key})",
+        ("fn(params, state, x)", "with_mutable(model.apply)(params, state, x, rngs=...)"),
+        "FIX0\nFIX1",
+        "{'dropout': key}",
+    ),
+    Case(
+        DROPS + "model, state = dropping, state | rng_state(dropout=key)\nwith_mutable(model)(params, state, x)",
+        "with_rngs(with_mutable(model))",
+        "FIX(params, state, x)",
+    ),
+    Case(
+        DROPS + "model = dropping\nwith_mutable(model)(params, state, x)",
+        ("with_rngs(with_mutable(model))", "state | rng_state(dropout=key)"),
+        "FIX0(params, FIX1, x)",
+    ),
+    Case(
+        DROPS + "model = dropping\nwith_rngs(with_mutable(model))(params, state | rng_state(noise=key), x)",
+        ("with_rngs(with_mutable(model))", "state | rng_state(dropout=key, noise=key)"),
+        "FIX0(params, FIX1, x)",
+    ),
+    Case(
+        DROPS + "fn = with_mutable(dropping.apply)\nfn(params, state, x, rngs=[key])",
+        "rngs={'dropout': key}",
+        "fn(params, state, x, FIX)",
+    ),
+    Case(
+        DROPS + "fn = with_mutable(dropping.apply)\nfn(params, state, x, rngs={'dropout': 0})",
+        "rngs={'dropout': jax.random.key(0)}",
+        "fn(params, state, x, FIX)",
+    ),
+    Case(
+        "class Layer(nn.Module):\n"
+        "    @nn.compact\n"
+        "    def __call__(self, x, _):\n"
+        "        return nn.Dropout(0.5, deterministic=False)(x), None\n"
+        "fn = lambda **options: with_mutable(nn.scan(Layer, length=2, **options)().apply)\n"
+        "fn()({}, {}, x, None, rngs={'dropout': key})",
+        "split_rngs={'dropout': True}",
+        "fn(FIX)({}, {}, x, None, rngs={'dropout': key})",
+    ),
+    Case(
+        DROPS + "with_rngs(with_mutable(dropping))(params, state | {'rngs': {'dropout': 0}}, x)",
+        "state | rng_state(dropout=jax.random.key(0))",
+        "with_rngs(with_mutable(dropping))(params, FIX, x)",
+    ),
+    # vmap_stateful
+    Case(
+        "vmap_stateful(fn)(params, state, x)",
+        ("axis_name='batch'", "state_axes={'batch_stats': 0}"),
+        "vmap_stateful(with_mutable(Model(FIX0)))(params, state, x)\n"
+        "own = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), state)\n"
+        "vmap_stateful(fn, FIX1)(params, own, x)",
+    ),
+    Case(
+        "vmap_stateful(fn, axis_name=None)(params, state, x)",
+        ("vmap_stateful(fn, axis_name='batch')", "nn.BatchNorm(..., axis_name='batch')"),
+        "fn = with_mutable(synced)\nassert FIX1.axis_name == 'batch'\nFIX0(params, state, x)",
+        "use_running_average=False",
+    ),
+    Case(
+        "params = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)\n"
+        "vmap_stateful(fn, in_axes=None, params_axes=0, axis_name='member')(params, state, x)",
+        "vmap_stateful(fn, params_axes=..., state_axes={'batch_stats': 0})",
+        "state = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)\nFIX(params, state, jnp.stack([x, x]))",
+        "0",
+    ),
+    Case(
+        "model, xs = synced, x.reshape(2, 4, 3)\n"
+        "vmap_stateful(vmap_stateful(with_mutable(model)))(params, state, xs)",
+        ("vmap_stateful(fn, axis_name='inner_batch')", "axis_name=('batch', 'inner_batch')"),
+        "fn = with_mutable(Model(FIX1))\nvmap_stateful(FIX0)(params, state, xs)",
+    ),
+    Case(
+        "fn = lambda params, state, x, scale: (x * scale, state)\nvmap_stateful(fn)({}, {}, x, jnp.float32(2))",
+        "in_axes=(0, None)",
+        "vmap_stateful(fn, FIX)({}, {}, x, jnp.float32(2))",
+    ),
+    Case(
+        "inner = lambda params, state, x: (x, state)\nfn = vmap_stateful(inner)\nfn(params, state, x=x)",
+        ("fn(params, state, x)", "axis_size="),
+        "FIX0\nvmap_stateful(inner, in_axes=None, FIX18)(params, state, x)",
+    ),
+    Case(
+        "fn = with_mutable(synced)\nvmap_stateful(fn, in_axes=(None, None, 0))(params, state, x)",
+        "vmap_stateful(fn, in_axes=0)",
+        "FIX(params, state, x)",
+    ),
+    Case(
+        "fn = lambda params, state, x: (x, state)\nvmap_stateful(fn, in_axes={'x': 0})({}, {}, {'y': x})",
+        "in_axes=0",
+        "vmap_stateful(fn, FIX)({}, {}, {'y': x})",
+    ),
+    Case(
+        "vmap_stateful(fn, state_axes={'stats': 0})(params, state, x)",
+        "vmap_stateful(fn, state_axes={'batch_stats': 0})",
+        "FIX(params, jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), state), x)",
+    ),
+    Case(
+        "vmap_stateful(lambda params, state, x: (x, {}))(params, state, x)",
+        "return out, {**state, 'batch_stats': new_batch_stats}",
+        "def fixed(params, state, x):\n"
+        "    out, new_batch_stats = x, state['batch_stats']\n"
+        "    FIX\n"
+        "vmap_stateful(fixed)(params, state, x)",
+    ),
+    # settle_state, init_carry, adopt_carry
+    Case(
+        "settle_state(loss_fn, params, {'c': {'name': 'relu'}}, batch)",
+        "params, state = split_params(module.init(key, x))",
+        "FIX\nsettle_state(loss_fn, params, state, batch)",
+    ),
+    Case(
+        "first, second = jax.devices()[:2]\n"
+        "params, state = jax.device_put(params, first), jax.device_put(state, second)\n"
+        "init_carry(params, state, tx)",
+        "jax.device_put((params, state), sharding)",
+        "sharding = jax.sharding.SingleDeviceSharding(first)\nparams, state = FIX\ninit_carry(params, state, tx)",
+    ),
+    Case(
+        "restored = jax.device_get(carry)\nother = nn.Dense(2).init(key, x)\n"
+        "adopt_carry(restored, init_carry(*split_params(other), tx))",
+        "adopt_carry(restored, init_carry(params, state, tx))",
+    ),
+    Case("restored = carry\nadopt_carry(restored, {'w': 1.0})", "adopt_carry(restored, init_carry(params, state, tx))"),
+    Case(
+        "like, restored = carry, jax.device_get(params)\nadopt_carry(restored, like)",
+        "carry = adopt_carry({'params': restored}, like, strict=False)",
+    ),
+    # value_and_grad, apply_gradients, with_optimizer
+    Case(
+        "state = {'batch_stats': jax.tree.map(lambda leaf: leaf.ravel()[:1], state['batch_stats'])}\n"
+        "step(init_carry(params, state, tx), batch)",
+        "state = settle_state(loss_fn, params, state, batch)",
+        "FIX\nstep(init_carry(params, state, tx), batch)",
+    ),
+    Case(
+        "state = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state)\n"
+        "step(init_carry(params, state, tx), batch)",
+        ("new.astype(old.dtype)", "state = settle_state(loss_fn, params, state, batch)"),
+        "def cast(params, state, batch):\n"
+        "    loss, new_state = loss_fn(params, state, batch)\n"
+        "    return loss, jax.tree.map(lambda new, old: FIX0, new_state, state)\n"
+        "with_optimizer(cast, tx)(init_carry(params, state, tx), batch)\n"
+        "FIX1\nstep(init_carry(params, state, tx), batch)",
+    ),
+    Case(
+        losing("loss, {**new_state, 'batch_stats': {}}"),
+        "return out, {**state, ...}",
+        "def fixed(params, state, batch):\n"
+        "    out, new_state = loss_fn(params, state, batch)\n"
+        "    FIX\n"
+        "with_optimizer(fixed, tx)(carry, batch)",
+        "**new_state",
+    ),
+    Case(losing("loss, (new_state, out)"), "return loss, new_state", in_loss("return loss, new_state")),
+    Case(losing("new_state, loss"), "return loss, new_state", in_loss("return loss, new_state")),
+    Case(losing("loss"), "return loss, new_state", in_loss("return loss, new_state")),
+    Case(losing("loss, {'norm': loss, **new_state}"), "return (loss, aux), new_state", in_loss("", has_aux="True")),
+    Case(
+        losing("loss, {'norm': loss, **new_state}"),
+        "state | {'norm': ...}",
+        "carry = init_carry(params, FIX, tx)\n"
+        "def kept(params, state, batch):\n"
+        "    loss, new_state = loss_fn(params, state, batch)\n"
+        "    return loss, {**new_state, 'norm': {'last': loss}}\n"
+        "with_optimizer(kept, tx)(carry, batch)",
+        "{'last': jnp.zeros(())}",
+    ),
+    Case(losing("loss * jnp.ones(3), new_state"), "return loss.mean(), new_state", in_loss("mean")),
+    Case(losing("loss * 1j, new_state"), "return jnp.abs(loss).mean(), new_state", in_loss("mean")),
+    Case(losing("jnp.sum(out > 0), new_state"), "return jnp.mean(per_example), new_state", in_loss("mean")),
+    Case(losing("1.5, new_state"), "return jnp.mean(per_example), new_state", in_loss("mean")),
+    Case(losing("loss, out, new_state"), "return (loss, aux), new_state", in_loss("", has_aux="True")),
+    Case(
+        losing("(loss, out), new_state").replace("with_optimizer(wrong", "loss_fn = wrong\nwith_optimizer(loss_fn"),
+        ("value_and_grad(loss_fn, has_aux=True)", "with_optimizer(loss_fn, tx, has_aux=True)"),
+        "FIX0(params, state, batch)\nFIX1(carry, batch)",
+    ),
+    Case(
+        "with_optimizer(loss_fn, tx, has_aux=True)(carry, batch)",
+        "return (loss, aux), new_state",
+        in_loss("", has_aux="True"),
+    ),
+    Case(
+        "restored = carry._asdict()\nstep(restored, batch)",
+        ("init_carry(params, state, tx)", "adopt_carry(restored, carry)"),
+        "step(FIX0, batch)\nstep(FIX1, batch)",
+    ),
+    Case("step(carry._replace(state={'c': 'mean'}), batch)", "init_carry(params, state, tx)", "step(FIX, batch)"),
+    Case(
+        "count, carry = 7, carry._replace(step=jnp.zeros(2))\nstep(carry, batch)",
+        ("init_carry(params, state, tx)", "carry._replace(step=jnp.int32(count))"),
+        "step(FIX0, batch)\nstep(FIX1, batch)",
+    ),
+    Case(
+        "variables = {'params': {'w': jnp.ones(3), 'count': jnp.int32(0)}}\n"
+        "loss_fn = lambda params, state, batch: (params['w'].sum(), state)\n"
+        "with_optimizer(loss_fn, tx)(init_carry(variables['params'], {}, tx), batch)",
+        "split_params(variables, trainable=lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.inexact))",
+        "with_optimizer(loss_fn, tx)(init_carry(*FIX, tx), batch)",
+    ),
+    Case(
+        "carry, tx = init_carry(params, state, optax.sgd(0.1)), optax.adam(0.1)\n"
+        "with_optimizer(loss_fn, tx)(carry, batch)",
+        "adopt_carry(carry, init_carry(carry.params, carry.state, tx), strict=False)",
+        "with_optimizer(loss_fn, tx)(FIX, batch)",
+    ),
+    Case(
+        "carry = init_carry(params, state, optax.adam(0.1, mu_dtype=jnp.bfloat16))\nstep(carry, batch)",
+        "init_carry(carry.params, carry.state, tx)",
+        "step(FIX, batch)",
+    ),
+    Case(
+        "with_optimizer(loss_fn, tx, microbatches=4)(carry, (x, y, key))",
+        "step(carry, batch, key)",
+        "step = with_optimizer(loss_fn, tx, microbatches=4)\nFIX",
+    ),
+    Case("value_and_grad(loss_fn, microbatches=0)", "value_and_grad(loss_fn, microbatches=4)"),
+    Case(
+        "tx = optax.lookahead(optax.sgd(0.1), sync_period=2, slow_step_size=0.5)\nstep = with_optimizer(loss_fn, tx)\n"
+        "step(init_carry(params, state, tx), batch)",
+        "init_carry(optax.LookaheadParams.init_synced(params), state, tx)",
+        "step(FIX, batch)",
+    ),
+    # with_ema, scan_steps, stack_batches, jit_step
+    Case(
+        "step = with_ema(step, decay=0.9)\nstep(carry, batch)",
+        "carry._replace(state={**carry.state, 'ema': jax.tree.map(jnp.copy, carry.params)})",
+        "step(FIX, batch)",
+    ),
+    Case(
+        "step, carry = with_ema(step, decay=0.9), init_carry(params, state | {'ema': {'codes': x}}, tx)\n"
+        "step(carry, batch)",
+        "carry._replace(state={**carry.state, 'ema': jax.tree.map(jnp.copy, carry.params)})",
+        "step(FIX, batch)",
+    ),
+    Case("with_ema(step, decay=99)", "with_ema(step, decay=0.999)"),
+    Case(
+        "loader, step = [batch] * 20, scan_steps(step)\nstep(carry, {'x': x, 'n': 1.0})",
+        "for batches in stack_batches(loader, 10): carry, outs = step(carry, batches)",
+    ),
+    Case("batches = [batch] * 8\nstack_batches(batches, size=0)", "stack_batches(batches, size=4)"),
+    Case("jit_step(step, like=jax.device_get(carry))", "jit_step(step, like=init_carry(params, state, tx))"),
+    # assert_max_traces
+    Case(
+        "params, state, batch = {'w': jnp.ones(3)}, {'s': {'mean': jnp.zeros(3)}}, x\n"
+        "def loss_fn(params, state, batch):\n"
+        "    mean = state['s']['mean'] + batch.mean(0, keepdims=True)\n"
+        "    return params['w'].sum(), {'s': {'mean': mean}}\n"
+        "def run(state):\n"
+        "    step = jax.jit(assert_max_traces(lambda state, batch: loss_fn(params, state, batch)[1]))\n"
+        "    return step(step(state, batch), batch)\n"
+        "run(state)",
+        "state = settle_state(loss_fn, params, state, batch)",
+        "FIX\nrun(state)",
+    ),
+    Case(
+        "dtype = jnp.float32\n" + retraced("x, y", "x, y.astype(jnp.bfloat16)"),
+        "jnp.asarray(value, dtype)",
+        "value = y.astype(jnp.bfloat16)\nstep(x, FIX)",
+    ),
+    Case(
+        "dtype = jnp.float32\n" + retraced("{'scale': jnp.float32(1)}, x", "{'scale': 1.0}, x"),
+        "jnp.asarray(value, dtype)",
+        "value = 1.0\nstep({'scale': FIX}, x)",
+    ),
+    Case(
+        "step = assert_max_traces(step)\njax.jit(lambda carry: step(carry, batch))(carry)\n"
+        "jax.jit(lambda carry: step(carry, batch))(carry)",
+        "step = jit_step(...)",
+        "step, carry = with_optimizer(loss_fn, tx), jax.tree.map(jnp.copy, carry)\n"
+        "FIX\nfor _ in range(3):\n    carry, _ = step(carry, batch)",
+        "assert_max_traces(step)",
+    ),
+    Case(
+        "original = step\nstep = assert_max_traces(jax.jit(step))\nstep(carry, batch)\nstep(carry, batch)",
+        "step = jit_step(assert_max_traces(step))",
+        "step, carry = original, jax.tree.map(jnp.copy, carry)\n"
+        "FIX\nfor _ in range(3):\n    carry, _ = step(carry, batch)",
+    ),
+)
+
+WORDS = {
+    "fn(variables, *args, mutable=[...]) -> (out, updated)": "the form of a function of the user's own",
+    "step(carry, batch) -> (carry, out)": "the form of a function of the user's own",
+    "def loss_fn(params, state, batch): ...; return loss, new_state": "the form of a function of the user's own",
+    "make fn return every state leaf in the shape and dtype that it was given": "words: the body is the user's own",
+    "keep what does not change in the closure of the step; for an abstract carry, jax.eval_shape of init_carry": (
+        "words: what does not change, the user knows"
+    ),
+    "jax.config.update('jax_enable_x64', True), or a count in another unit": "for the whole process: `make flags`",
+    "return arrays and numbers alone; what does not change belongs outside the step": "words",
+    "drop or pad the ragged last batch; or a higher max_traces, if each is meant": "words: which one, the user knows",
+    "state = settle_state(loss_fn, params, state, batch) before init_carry; drop or pad the ragged last batch; or a "
+    "higher max_traces, if each is meant": "two fixes, of which the first is typed alone",
+    "keep the structure, and make static values, tx and functions once, outside the loop; or a higher max_traces, "
+    "if each is meant": "words: what changed is the user's own",
+    "jit_step(step, like=carry), and every batch put on the mesh alike; or a higher max_traces, if each is meant": (
+        "test_mesh: test_one_compile_for_every_placement"
+    ),
+    "jax.lax.pmean(value, '_') there, or state_axes={'_': 0, '_': 0} and a state with that axis": (
+        "test_messages: test_only_the_layers_at_fault_are_named runs it"
+    ),
+    "first = jax.eval_shape(tx.update, carry.params, carry.opt_state, carry.params)[1]; carry = adopt_carry(carry, "
+    "carry._replace(opt_state=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, "
+    "device=carry.step.sharding), first)), strict=False)": "test_optimizers runs it, where optax has monitor",
+    "{fix}": "options of another form: each is an expression in its own table of test_messages",
+    "{where.replace(\"...\", \"4\")}": "counts: the call itself, with 4",
+}
+"""Fixes that are no code to be typed, or that another test types."""
+
+
+OURS = (
+    *(fs.CollectionError, fs.SignatureError, fs.StateDriftError, fs.UnsyncedStateError),
+    *(fs.RetraceError, fs.UntouchedStateWarning, fs.DroppedStateWarning),
+)
+
+
+def kind_of(fix: str) -> str:
+    """A fix without the names of one program."""
+    fix = fix.replace("{{", "{").replace("}}", "}")  # as an f-string has them
+    return re.sub(r"in [\w, ]+, or", "in LAYER, or", re.sub(r"'[^']*'", "'_'", fix))
+
+
+@functools.cache
+def names() -> dict[str, Any]:
+    """What a program begins with; made once, since nothing mutates it."""
+    made: dict[str, Any] = {"__name__": "program"}
+    exec(START, made)  # noqa: S102 (our own code)
+    return made
+
+
+def compiled(case: Case, text: str) -> Any:
+    """The lines of each case are its own: a step that the same line makes anew would be told."""
+    return compile(text, f"case {CASES.index(case)}", "exec")
+
+
+@functools.cache
+def printed(case: Case) -> tuple[str, dict[str, Any]]:
+    """The fix that the mistake ends in, and the names that are there then."""
+    there = dict(names())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            exec(compiled(case, case.wrong), there)  # noqa: S102 (our own code)
+        except OURS as error:
+            return error.fix, there
+    pytest.fail("the mistake is none")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: kind_of(case.wrong.strip().splitlines()[-1])[:60])
+def test_the_fix_as_printed_works(case: Case) -> None:
+    fix, there = printed(case)
+    for part in [case.typed] if isinstance(case.typed, str) else case.typed:
+        assert part in fix
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(compiled(case, case.program()), dict(there))  # noqa: S102 (our own code)
+
+
+def test_every_fix_is_typed_or_is_words() -> None:
+    """Of every message that `test_messages` has whole."""
+    text = (pathlib.Path(__file__).parent / "test_messages.py").read_text().replace("\\\n", "")
+    messages = {kind_of(fix) for fix in re.findall(r"^ +fix: (.*)$", text, re.M)}
+    typed = {kind_of(printed(case)[0]) for case in CASES}
+    assert sorted(messages - typed - {kind_of(each) for each in WORDS}) == []
+    assert sorted({kind_of(each) for each in WORDS} - messages) == []
