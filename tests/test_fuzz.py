@@ -618,20 +618,24 @@ def test_law_5_microbatches(model: Model, data: st.DataObject) -> None:
 
 @some.fuzzed(model=some.models(rounding=False), data=st.data())
 def test_law_8_mesh(model: Model, data: st.DataObject) -> None:
-    stack, mesh = data.draw(some.stacks(model)), PAIRS[data.draw(st.sampled_from(KINDS))]
+    boxed = any(getattr(layer, "boxed", False) for layer in model.layers)  # by names that are no axes of the mesh
+    stack, mesh = data.draw(some.stacks(model)), PAIRS[data.draw(st.sampled_from(KINDS[:1] if boxed else KINDS))]
     single = fs.init_carry(*begun(model, stack), SGD)
     sharded = jax.device_put(jax.tree.map(jnp.copy, single), by_shape(mesh, single))
     step = jitted(stepped(model, stack, SGD), Stack(), single)
     on_mesh: Any = fs.jit_step(stepped(model, stack, SGD, mesh=mesh), like=sharded)
+    compiles = 0
     for seed in range(2):
         x, y = (jnp.concatenate([leaf, leaf]) for leaf in model.batch(seed))  # eight examples
         if model.cached:
             x, y = x[:BATCH], y[:BATCH]
         spread = NamedSharding(mesh, P(("data", "model"))) if len(x) == 8 else on(mesh, "data")
         single, expected = step(single, (x, y))
-        sharded, loss = on_mesh(sharded, jax.device_put((x, y), spread))
+        with fs.compile_log() as log:
+            sharded, loss = on_mesh(sharded, jax.device_put((x, y), spread))
+        compiles += log.compiles[on_mesh.__name__]
         assert_close((sharded, loss), (single, expected), 1e-3)
-    assert on_mesh._cache_size() == 1
+    assert compiles == 1
 
 
 # An NNX module: NNX's own loop

@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import nnx
 from hypothesis import strategies as st
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
@@ -177,7 +177,8 @@ def test_devices_of_a_mesh(kind: AxisType) -> None:
     def run(mistake: str) -> Any:
         step = fs.with_optimizer(twice(fn, mistake), TX, axis_name="data")
         each: Any = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()))
-        return told(lambda: jax.eval_shape(each, fs.init_carry(params, state, TX), X))
+        carry = fs.init_carry(params, state, TX, sharding=NamedSharding(mesh, P()))
+        return told(lambda: jax.eval_shape(each, carry, jax.device_put(X, NamedSharding(mesh, P("data")))))
 
     assert [len(run(mistake)) for mistake in ("none", "dropped", "stale", "keys", "forked")] == [0, 1, 1, 1, 1]
 
