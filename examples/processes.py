@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -35,6 +36,7 @@ from jax.sharding import PartitionSpec as P
 import flaxsplit as fs
 
 Tree = dict[str, Any]
+Loss = Callable[[Tree, Tree, tuple[jax.Array, jax.Array]], tuple[jax.Array, Tree]]
 BATCH, FEATURES = 64, 16
 
 
@@ -59,11 +61,13 @@ def loss_fn(params: Tree, state: Tree, batch: tuple[jax.Array, jax.Array]) -> tu
     return optax.l2_loss(pred, batch[1]).mean(), state
 
 
-def told(loss_fn: Any, mesh: Mesh) -> Any:
-    """Says where the results of the loss lie, which Linen's dropout does not say on Explicit axes, JAX's default."""
-    everywhere = NamedSharding(mesh, P())
-    explicit = AxisType.Explicit in mesh.axis_types
-    return jax.sharding.auto_axes(loss_fn, out_sharding=everywhere) if explicit else loss_fn
+def told(mesh: Mesh) -> Loss:
+    """Says where the loss lies: on Explicit axes, JAX's default, Linen's dropout does not say where its mask does."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return loss_fn
+    auto_axes: Any = jax.sharding.auto_axes
+    inside: Loss = auto_axes(loss_fn, out_sharding=NamedSharding(mesh, P()))
+    return inside
 
 
 def start() -> fs.Carry:
@@ -93,7 +97,7 @@ def train(folder: pathlib.Path, steps: int) -> None:
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     shardings = fully_sharded(jax.eval_shape(start), mesh)
     carry = jax.jit(start, out_shardings=shardings)()
-    averaged = fs.with_ema(fs.with_optimizer(told(loss_fn, mesh), tx), decay=0.9)
+    averaged = fs.with_ema(fs.with_optimizer(told(mesh), tx), decay=0.9)
     step = fs.jit_step(fs.assert_max_traces(averaged), like=carry)
     rows = NamedSharding(mesh, P("data"))
     with ocp.CheckpointManager(folder / "steps", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:

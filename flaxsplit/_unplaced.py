@@ -9,6 +9,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+from jax.sharding import Sharding
+
 from ._describe import describe
 
 _LOGGER = logging.getLogger("jax._src.interpreters.pxla")
@@ -81,10 +83,10 @@ def _unplaced(arguments: Any, places: Any) -> str:
     """The arrays without a place, where others lie on several devices; nothing else."""
     if not isinstance(arguments, (list, tuple)) or not isinstance(places, (list, tuple)):
         return ""
-    count = max((getattr(place, "num_devices", 1) for place in places), default=1)
+    count = max((place.num_devices for place in places if isinstance(place, Sharding)), default=1)
     found = [
         describe(each)
         for each, place in zip(arguments, places, strict=False)
-        if not hasattr(place, "num_devices") and getattr(each, "ndim", 0)
+        if not isinstance(place, Sharding) and getattr(each, "shape", None)
     ]
     return f"{', '.join(found)}: whole on each of {count} devices" if found and count > 1 else ""

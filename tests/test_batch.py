@@ -62,18 +62,21 @@ def test_each_device_computes_its_share_of_a_host_batch(kind: str, microbatches:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_log_says_that_a_batch_is_whole_on_every_device(kind: str, capfd: Any) -> None:
     """Nobody else notices. It says nothing of what was placed, whole or split, and of a single device."""
+    if kind == "explicit" and jax.__version_info__ < (0, 7):
+        pytest.skip("it refuses an array without a mesh beside one on Explicit axes")
     fix = "jit_step(step, like=carry, batch=sharding) splits a batch"
     line = f"loss_fn: f32[{ROWS},{WIDTH}]: whole on each of 2 devices; {fix}"
     step, mesh = fs.with_optimizer(loss_fn, TX), mesh_of(kind, 2)
     rows, logger = NamedSharding(mesh, P("data")), logging.getLogger("jax._src.interpreters.pxla")
     alone = fs.init_carry(*fs.split_params(nn.Dense(WIDTH).init(jax.random.key(0), HOST)), TX)
     before = logger.level, [*logger.filters]
-    for carry, batch, options, expected in (
+    cases: list[tuple[Any, Any, Any, list[str]]] = [
         (carry_on(mesh), HOST, {}, [line]),
         (carry_on(mesh), HOST, {"batch": rows}, []),
         (carry_on(mesh), jax.device_put(HOST, rows), {}, []),
         (alone, HOST, {}, []),
-    ):
+    ]
+    for carry, batch, options, expected in cases:
         with fs.compile_log() as outer, fs.compile_log() as inner:
             fs.jit_step(step, like=carry, **options)(carry, batch)
         for log in (outer, inner):

@@ -46,7 +46,7 @@ from .test_nnx import leaves_of
 pytestmark = [needs_jit, pytest.mark.filterwarnings("ignore:with_optimizer:flaxsplit.UntouchedStateWarning")]
 DECAY = 0.9
 KINDS = (AxisType.Auto, AxisType.Explicit)
-PAIRS = {kind: jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind)) for kind in KINDS}  # two divides a width
+PAIRS = {kind: jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind)) for kind in KINDS}
 SGD = optax.sgd(0.05, momentum=0.9)
 
 

@@ -1,6 +1,7 @@
 """Writes `docs/errors.md` with `--write`; without, fails where the page is not what would be written.
 
-The classes with what each is for, and the table of wrong calls that `tests/test_bad_input.py` makes.
+The classes with what each is for, the table of wrong calls that `tests/test_bad_input.py` makes, and every message that
+`tests/test_messages.py` has whole, so that the site's search finds an error by its text.
 """
 
 import argparse
@@ -8,8 +9,10 @@ import collections
 import inspect
 import os
 import pathlib
+import re
 import sys
 import warnings
+from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "errors.md"
@@ -68,7 +71,27 @@ def page() -> str:
         "|---|---|",
         *rows,
         "",
+        "## Every message",
+        "",
+        "By function, without the leaves. `tests/test_fixes.py` types each fix as printed, or has a reason why not.",
+        *messages((ROOT / "tests" / "test_messages.py").read_text()),
+        "",
     ])  # fmt: skip
+
+
+MESSAGE = re.compile(r"whole\(\"{3}\n(.+?)\n +got:\n.*?\n +likely cause: (.+?)\n +fix: (.+?)\n +\"{3}\)", re.DOTALL)
+
+
+def messages(tests: str) -> Iterator[str]:
+    """What was required as a heading, with each likely cause and its fix."""
+    found: dict[str, list[str]] = {}
+    text = tests.replace("\\\n", "").replace("HEAD", "apply_gradients(tx, carry, grads, new_state)")
+    for head, cause, fix in MESSAGE.findall(text):
+        found.setdefault(head.strip(), []).append(f"likely cause: {cause}\nfix: {fix}")
+    for head in sorted(found):
+        yield f"\n### `{head}`\n\n```text"
+        yield "\n\n".join(dict.fromkeys(found[head]))
+        yield "```"
 
 
 def said(by_kind: dict[str, str]) -> str:

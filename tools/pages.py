@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 ROOT = pathlib.Path(__file__).parent.parent
 PUBLIC = re.compile(r"^ *from \._\w+ import \w+ as (\w+)", re.MULTILINE)
 TABLE = re.compile(r"^\| \[(`.*`)\]\((.*)\) \| (.*) \|$", re.MULTILINE)
-WIDE = ("index.md", "types.md", "recipes/")
+WIDE = ("index.md", "types.md", "errors.md", "recipes/")
 HEAD = "# API\n\nEvery public name, in the order in which a training loop meets them."
 
 

@@ -10,7 +10,7 @@ import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # before JAX starts
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 import flaxsplit as fs
 
 Tree = dict[str, Any]
+Loss = Callable[[Tree, Tree, dict[str, Array]], tuple[Array, Tree]]
 
 
 class MLP(nn.Module):
@@ -47,10 +48,13 @@ def loss_fn(params: Tree, state: Tree, batch: dict[str, Array]) -> tuple[Array, 
     return jnp.square(prediction - batch["y"]).mean(), state
 
 
-def told(mesh: Mesh) -> Any:
+def told(mesh: Mesh) -> Loss:
     """Says where the loss lies: on Explicit axes, JAX's default, no Linen layer says how split kernels are joined."""
-    explicit = AxisType.Explicit in mesh.axis_types
-    return jax.sharding.auto_axes(loss_fn, out_sharding=NamedSharding(mesh, P())) if explicit else loss_fn
+    if AxisType.Explicit not in mesh.axis_types:
+        return loss_fn
+    auto_axes: Any = jax.sharding.auto_axes
+    inside: Loss = auto_axes(loss_fn, out_sharding=NamedSharding(mesh, P()))
+    return inside
 
 
 def sharding_of(mesh: Mesh, leaf: Array) -> NamedSharding:
