@@ -53,7 +53,7 @@ def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return end
 
 
-@pytest.mark.parametrize(("processes", "devices"), [(1, 8), (2, 1)])
+@pytest.mark.parametrize(("processes", "devices"), [(1, 8), (2, 1), (4, 2)])
 def test_a_checkpoint_goes_on_with_other_processes_and_another_mesh(
     processes: int, devices: int, never_stopped: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
