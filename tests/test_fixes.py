@@ -19,10 +19,10 @@ from .flags import needs_jit
 pytestmark = needs_jit
 START = """
 import functools
-import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, optax
+import flax, flax.linen as nn, jax, jax.numpy as jnp, numpy as np, optax
 from flax import nnx
 from flaxsplit import *
-from flaxsplit import from_nnx
+from flaxsplit import explain_step, from_nnx, to_nnx
 
 class Model(nn.Module):
     axis_name: str | tuple[str, ...] | None = None
@@ -604,6 +604,200 @@ CASES = (
         "step, carry = original, jax.tree.map(jnp.copy, carry)\n"
         "FIX\nfor _ in range(3):\n    carry, _ = step(carry, batch)",
     ),
+    Case(
+        "for _ in range(3):\n    jax.jit(assert_max_traces(with_optimizer(loss_fn, tx)))(carry, batch)",
+        "step = jit_step(...)",
+        "\n\n\ncarry = jax.tree.map(jnp.copy, carry)\nFIX\nfor _ in range(3):\n    carry, _ = step(carry, batch)",
+        "assert_max_traces(with_optimizer(loss_fn, tx))",
+    ),
+    Case("explain_step(3, carry, batch)", "explain_step(step, carry, batch)", "FIX.to_dict()"),
+    # what a loss lost, and what it was given twice
+    Case(
+        losing("loss, state"),
+        "out, state = fn(params, state, x); return loss, state",
+        "def fixed(params, state, batch):\n"
+        "    x, loss = batch[0], params['head']['bias'].sum()\n"
+        "    FIX\n"
+        "with_optimizer(fixed, tx)(carry, batch)",
+    ),
+    Case(
+        "def forked(params, state, batch):\n"
+        "    one, _ = fn(params, state, batch[0])\n"
+        "    two, new_state = fn(params, state, batch[0])\n"
+        "    return (one + two).mean(), new_state\n"
+        "with_optimizer(forked, tx)(carry, batch)",
+        "first, state = fn(params, state, x); second, state = fn(params, state, y)",
+        "def fixed(params, state, batch):\n"
+        "    x = y = batch[0]\n"
+        "    FIX\n"
+        "    return (first + second).mean(), state\n"
+        "with_optimizer(fixed, tx)(carry, batch)",
+    ),
+    Case(
+        DROPS + "fn = with_mutable(dropping.apply)\n"
+        "def reused(params, state, batch):\n"
+        "    one, state = fn(params, state, batch[0], rngs={'dropout': key})\n"
+        "    two, state = fn(params, state, batch[0], rngs={'dropout': key})\n"
+        "    return (one + two).mean(), state\n"
+        "with_optimizer(reused, tx)(init_carry(params, state, tx), batch)",
+        "with_rngs(fn)",
+        "def fixed(params, state, batch):\n"
+        "    one, state = FIX(params, state, batch[0])\n"
+        "    two, state = FIX(params, state, batch[0])\n"
+        "    return (one + two).mean(), state\n"
+        "with_optimizer(fixed, tx)(init_carry(params, state | rng_state(dropout=key), tx), batch)",
+    ),
+    Case(
+        "outer = params\n"
+        "def closed(params, state, batch):\n"
+        "    out, state = fn(outer, state, batch[0])\n"
+        "    return out.mean(), state\n"
+        "with_optimizer(closed, tx)(carry, batch)",
+        "def loss_fn(params, state, batch): out, state = fn(params, state, batch); ...",
+        "batch = x\nFIX\nwith_optimizer(loss_fn, tx)(carry, batch)",
+        "return out.mean(), state",
+    ),
+    Case(
+        "carry = init_carry(params, state | {'ema': params}, tx)\nstep(carry, batch)",
+        "with_ema(with_optimizer(loss_fn, tx), decay=0.999)",
+        "FIX(carry, batch)",
+    ),
+    # the open step, and other carries
+    Case(
+        "tx = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())\n"
+        "carry = init_carry(params, state, tx)\n"
+        "(loss, grads), new_state = value_and_grad(loss_fn)(params, state, batch)\n"
+        "apply_gradients(tx, carry, grads, new_state)",
+        ("apply_gradients(tx, carry, grads, new_state, value=loss)", "with_optimizer(loss_fn, tx)"),
+        "FIX0\nFIX1(carry, batch)",
+    ),
+    Case(
+        "def loss(params, state, x, y):\n"
+        "    return loss_fn_of_both(params, state, (x, y))\n"
+        "loss_fn_of_both = loss_fn\n"
+        "with_optimizer(loss, tx, microbatches=2)(carry, x, y)",
+        ("def loss_fn(params, state, batch): x, y = batch; ...", "step(carry, (x, y))"),
+        "FIX0\nstep = with_optimizer(loss_fn, tx, microbatches=2)\nFIX1",
+        "return loss(params, state, x, y)",
+    ),
+    Case("grad_fn = value_and_grad(loss_fn)\ngrad_fn(carry, batch)", "grad_fn(carry.params, carry.state, batch)"),
+    Case(
+        "carry, grads = init_carry({'w': jnp.ones(3, jnp.bfloat16)}, {}, tx), {'w': jnp.ones(3)}\n"
+        "apply_gradients(tx, carry, grads, {})",
+        "grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, carry.params)",
+        "FIX\napply_gradients(tx, carry, grads, {})",
+    ),
+    Case("init_carry(params, None, tx)", "init_carry(params, {}, tx)"),
+    Case(
+        losing("loss, flax.core.freeze(new_state)"),
+        "return loss, flax.core.unfreeze(new_state)",
+        in_loss("").replace("    aux = out", "    aux, new_state = out, flax.core.freeze(new_state)"),
+    ),
+    Case(
+        "from flax.training.train_state import TrainState\n"
+        "state = TrainState.create(apply_fn=None, params={'w': jnp.ones(3)}, tx=tx)\n"
+        "loss_fn = lambda params, state, batch: (params['w'].sum(), state)\n"
+        "with_optimizer(loss_fn, tx)(state, batch)",
+        ("state.apply_gradients(grads=grads)", "carry = adopt_carry(state, init_carry(state.params, {}, state.tx))"),
+        "grads = {'w': jnp.ones(3)}\nFIX0\nFIX1\nwith_optimizer(loss_fn, tx)(carry, batch)",
+    ),
+    Case(
+        "step = jit_step(step, batch=jax.sharding.SingleDeviceSharding(jax.devices()[0]), donate=False)\n"
+        "step(carry, batch=batch)",
+        "step(carry, batch)",
+    ),
+    # from_nnx, to_nnx
+    Case(
+        "class MLP(nnx.Module):\n"
+        "    def __init__(self, rngs=None):\n"
+        "        self.inner = nnx.Linear(3, 2, rngs=rngs or nnx.Rngs(0))\n"
+        "from_nnx(MLP)",
+        "MLP(...)",
+        "from_nnx(FIX)",
+        "rngs=None",
+    ),
+    Case(
+        "module = nn.Dense(2)\nfrom_nnx(module)",
+        ("with_mutable(module)", "nnx.bridge.lazy_init(nnx.bridge.ToNNX(module, rngs=rngs), x)"),
+        "rngs = nnx.Rngs(0)\nFIX0\nfrom_nnx(FIX1)",
+    ),
+    Case(
+        "graphdef, state = nnx.split(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))\nfrom_nnx(state)",
+        "from_nnx(nnx.merge(graphdef, state))",
+    ),
+    Case(
+        "Model = lambda rngs: nnx.Linear(2, 3, rngs=rngs)\n"
+        "module = nnx.eval_shape(lambda: Model(nnx.Rngs(0)))\n"
+        "from_nnx(module)",
+        ("from_nnx(Model(..., rngs=nnx.Rngs(0)))", "nnx.update(module, state)"),
+        "FIX0\nstate = nnx.state(Model(nnx.Rngs(0)))\nFIX1\nfrom_nnx(module)",
+        "*()",
+    ),
+    Case(
+        "model = nn.Dense(2)\nfrom_nnx(nnx.bridge.ToNNX(model))",
+        "from_nnx(nnx.bridge.lazy_init(nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)), x))",
+    ),
+    Case(
+        "module = nnx.BatchNorm(3, rngs=nnx.Rngs(0))\nfrom_nnx(module, trainable=nnx.LoRAParam)",
+        "from_nnx(module, trainable=nnx.Param)",
+    ),
+    Case(
+        "class Calls(nnx.Variable):\n"
+        "    pass\n"
+        "class Counts(nnx.Module):\n"
+        "    def __init__(self):\n"
+        "        self.w, self.calls = nnx.Param(jnp.ones(3)), Calls(jnp.int32(0))\n"
+        "module = Counts()\n"
+        "from_nnx(module, trainable=(nnx.Param, Calls))",
+        "trainable=nnx.All(nnx.Param, ...)",
+        "from_nnx(module, FIX)",
+        "nnx.Param",
+    ),
+    Case(
+        "class Sows(nnx.Module):\n"
+        "    def __init__(self):\n"
+        "        self.w = nnx.Param(jnp.ones(3))\n"
+        "    def __call__(self, x):\n"
+        "        self.sow(nnx.Intermediate, 'seen', x)\n"
+        "        return x * self.w\n"
+        "m = Sows()\n"
+        "fn, params, state = from_nnx(m)\n"
+        "fn(params, state, jnp.ones(3))",
+        "from_nnx(m, method=lambda m, x: (m(x), nnx.pop(m, nnx.Intermediate)))",
+        "fn, params, state = FIX\nfn(params, state, jnp.ones(3))",
+    ),
+    Case(
+        "class Counts(nnx.Module):\n"
+        "    def __init__(self, calls=0):\n"
+        "        self.calls = calls\n"
+        "    def __call__(self, x):\n"
+        "        self.calls = self.calls + 1\n"
+        "        return x\n"
+        "fn, params, state = from_nnx(Counts())\n"
+        "fn(params, state, x)",
+        "nnx.Variable(jnp.zeros((), jnp.int32))",
+        "class Kept(nnx.Module):\n"
+        "    def __init__(self):\n"
+        "        self.calls = FIX\n"
+        "    def __call__(self, x):\n"
+        "        nnx.update(self, jax.tree.map(lambda leaf: leaf + 1, nnx.state(self)))\n"
+        "        return x\n"
+        "fn, params, state = from_nnx(Kept())\n"
+        "assert int(jax.tree.leaves(fn(params, state, x)[1])[0]) == 1",
+    ),
+    Case(
+        "class Pool(nnx.Module):\n"
+        "    def __call__(self, x):\n"
+        "        return x.mean()\n"
+        "module = Pool()\n"
+        "from_nnx(module, trainable=nnx.BatchStat)",
+        "from_nnx(module)",
+    ),
+    Case(
+        "module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))\nto_nnx(module, {'w': x}, {})",
+        "fn, params, state = from_nnx(module)",
+        "FIX\nto_nnx(module, params, state)",
+    ),
 )
 
 WORDS = {
@@ -630,6 +824,27 @@ WORDS = {
     "first = jax.eval_shape(tx.update, carry.params, carry.opt_state, carry.params)[1]; carry = adopt_carry(carry, "
     "carry._replace(opt_state=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, "
     "device=carry.step.sharding), first)), strict=False)": "test_optimizers runs it, where optax has monitor",
+    "(loss, grads), state = value_and_grad(loss_fn)(carry.params, carry.state, batch)": (
+        "test_overwrite trains its fp8 layers so"
+    ),
+    "as many rows as a multiple of 8 times the size of those axes, or fewer microbatches": "words: rows are the user's",
+    "fn(params, state, x, train=True), handed on to each layer. Where they are to stay as they are: ": (
+        "the model is the user's own; test_untouched has both ways"
+    ),
+    "for a kernel, from_nnx(module, method=call), with def call(m, x): before = jax.tree.map(lambda leaf: leaf, "
+    "nnx.state(m, nnx.Param)); out = m(x); nnx.update(m, before); return out. For an average, "
+    "trainable=nnx.All(nnx.Param, lambda path, _: '_'.join(map(str, path)) not in ['_'])": "test_nnx runs both",
+    "jax.shard_map(step, mesh=mesh, ...) over a mesh with that axis; or no axis_name": "test_mesh runs it",
+    "jit_step(step, like=carry), where the step returns (carry, out)": "the form of a function of the user's own",
+    "key, used = jax.random.split(key) in LAYER, or jax.random.fold_in(key, step); return the": (
+        "of a finding: test_explain has the mended step beside the faulty one"
+    ),
+    "nn.BatchNorm(..., axis_name='_'); or jax.lax.pmean(leaf, '_') in loss_fn": "test_sharding runs it",
+    "the arrays that are declared; or in the annotation another name, where sizes may differ": "words",
+    "with nnx.var_defaults(ref=False, hijax=False): module = Model(..., rngs=nnx.Rngs(0))": "of a later Flax: test_nnx",
+    "with_optimizer(jax.sharding.auto_axes(loss_fn, out_sharding=NamedSharding(mesh, PartitionSpec())), tx); ": (
+        "test_mesh wraps each loss so on Explicit axes"
+    ),
     "{fix}": "options of another form: each is an expression in its own table of test_messages",
     "{where.replace(\"...\", \"4\")}": "counts: the call itself, with 4",
 }
@@ -638,13 +853,13 @@ WORDS = {
 
 OURS = (
     *(fs.CollectionError, fs.SignatureError, fs.StateDriftError, fs.UnsyncedStateError),
-    *(fs.RetraceError, fs.UntouchedStateWarning, fs.DroppedStateWarning),
+    *(fs.RetraceError, fs.RetraceWarning, fs.UntouchedStateWarning, fs.DroppedStateWarning),
 )
 
 
 def kind_of(fix: str) -> str:
     """A fix without the names of one program."""
-    fix = fix.replace("{{", "{").replace("}}", "}")  # as an f-string has them
+    fix = re.sub(r"\{[A-Z_]+\}$", "", fix.replace("{{", "{").replace("}}", "}"))  # as an f-string has them
     return re.sub(r"in [\w, ]+, or", "in LAYER, or", re.sub(r"'[^']*'", "'_'", fix))
 
 
@@ -667,6 +882,7 @@ def printed(case: Case) -> tuple[str, dict[str, Any]]:
     there = dict(names())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # Flax's own, of what it will drop
         try:
             exec(compiled(case, case.wrong), there)  # noqa: S102 (our own code)
         except OURS as error:
@@ -681,13 +897,16 @@ def test_the_fix_as_printed_works(case: Case) -> None:
         assert part in fix
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # Flax's own, of what it will drop
         exec(compiled(case, case.program()), dict(there))  # noqa: S102 (our own code)
 
 
 def test_every_fix_is_typed_or_is_words() -> None:
-    """Of every message that `test_messages` has whole."""
-    text = (pathlib.Path(__file__).parent / "test_messages.py").read_text().replace("\\\n", "")
-    messages = {kind_of(fix) for fix in re.findall(r"^ +fix: (.*)$", text, re.M)}
-    typed = {kind_of(printed(case)[0]) for case in CASES}
-    assert sorted(messages - typed - {kind_of(each) for each in WORDS}) == []
-    assert sorted({kind_of(each) for each in WORDS} - messages) == []
+    """Of every message that a test has whole; a string that goes on in the next line is one by its beginning."""
+    here = pathlib.Path(__file__)
+    text = "\n".join(path.read_text() for path in here.parent.glob("test_*.py") if path != here).replace("\\\n", "")
+    printed_ones = {kind_of(fix) for fix in re.findall(r"^ +\"?(?:  )?fix: (.+?)(?:\\n)?\"?,?$", text, re.M)} - {"str"}
+    words = {kind_of(each) for each in WORDS}
+    known = words | {kind_of(printed(case)[0]) for case in CASES}
+    assert sorted(fix for fix in printed_ones if not any(each.startswith(fix.strip("; ")) for each in known)) == []
+    assert sorted(each for each in words if not any(each.startswith(fix.strip("; ")) for fix in printed_ones)) == []

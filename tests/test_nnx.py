@@ -495,7 +495,7 @@ def test_a_bridged_module_without_variables() -> None:
       got:
         the module has no variables
       likely cause: a bridged module that was not initialized
-      fix: from_nnx(nnx.bridge.lazy_init(module, x))
+      fix: from_nnx(nnx.bridge.lazy_init(nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)), x))
     """)
     bridged: Any = nnx.bridge.lazy_init(nnx.bridge.ToNNX(m.Linen(), rngs=m.rngs()), m.X)
     assert "Dense_0" in fs.from_nnx(bridged)[1]
