@@ -14,9 +14,9 @@ import pytest
 
 import flaxsplit as fs
 
-from .flags import needs_jit
+from .flags import needs_jit, needs_promotion, needs_x32
 
-pytestmark = needs_jit
+pytestmark = [needs_jit, needs_promotion, needs_x32]
 START = """
 import functools
 import flax, flax.linen as nn, jax, jax.numpy as jnp, numpy as np, optax
