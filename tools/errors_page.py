@@ -1,7 +1,7 @@
 """Writes `docs/errors.md` with `--write`; without, fails where the page is not what would be written.
 
-The classes with what each is for, the table of wrong calls that `tests/test_bad_input.py` makes, and every message that
-`tests/test_messages.py` has whole, so that the site's search finds an error by its text.
+The classes with what each is for, the table of wrong calls that `tests/test_bad_input.py` makes, and the messages that
+the tests have whole, so that the site's search finds an error by its text.
 """
 
 import argparse
@@ -71,22 +71,24 @@ def page() -> str:
         "|---|---|",
         *rows,
         "",
-        "## Every message",
+        "## Messages",
         "",
         "By function, without the leaves. `tests/test_fixes.py` types each fix as printed, or has a reason why not.",
-        *messages((ROOT / "tests" / "test_messages.py").read_text()),
+        *messages("".join(path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py")))),
         "",
     ])  # fmt: skip
 
 
-MESSAGE = re.compile(r"whole\(\"{3}\n(.+?)\n +got:\n.*?\n +likely cause: (.+?)\n +fix: (.+?)\n +\"{3}\)", re.DOTALL)
+WHOLE = re.compile(r"whole\(\s*\"{3}\n(.+?)\n *\"{3}", re.DOTALL)
+MESSAGE = re.compile(r"(.+?)\n +got:\n.*?\n +likely cause: (.+?)\n +fix: (.+)", re.DOTALL)
 
 
 def messages(tests: str) -> Iterator[str]:
     """What was required as a heading, with each likely cause and its fix."""
     found: dict[str, list[str]] = {}
     text = tests.replace("\\\n", "").replace("HEAD", "apply_gradients(tx, carry, grads, new_state)")
-    for head, cause, fix in MESSAGE.findall(text):
+    for each in filter(None, map(MESSAGE.fullmatch, WHOLE.findall(text))):
+        head, cause, fix = each.groups()
         found.setdefault(head.strip(), []).append(f"likely cause: {cause}\nfix: {fix}")
     for head in sorted(found):
         yield f"\n### `{head}`\n\n```text"

@@ -299,8 +299,8 @@ nothing is switched off.
   `with_ema(with_optimizer(loss_fn, tx), decay=0.9)`: pyrefly sees its further arguments as `Any`. Assign it to a name
   first, and they are kept. A minimal example: for `def keep(fn: T) -> T`, with `T` bound to a protocol of any
   arguments, `keep(made(f))` has the arguments of the bound, and `g = made(f); keep(g)` has its own.
-- A loss typed `Any`, inside three calls, `jit_step(assert_max_traces(with_optimizer(loss_fn, tx)))`: ty refuses it, since it
-  infers no arguments for the step. Annotate the loss, or assign `assert_max_traces(...)` to a name first.
+- A loss typed `Any`, inside three calls, `jit_step(assert_max_traces(with_optimizer(loss_fn, tx)))`: ty refuses it,
+  since it infers no arguments for the step. Annotate the loss, or assign `assert_max_traces(...)` to a name first.
 - A class instead of an instance, `with_mutable(Model)`: pyrefly accepts the class of a model as a model. No checker
   reports it if the first field of the class is a dict: then the class can be called like `module.apply`.
 - A model whose `__call__` has overloads: mypy and pyright use the first of them.
