@@ -62,6 +62,30 @@ def test_maxtext_4174_a_dummy_batch_without_a_sharding_compiles_the_step_once_mo
     assert compiles(log) == 1
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 7), reason="its Explicit axes compile such a loss in another way")
+def test_orbax_2408_a_checkpoint_forgets_that_its_axes_were_explicit() -> None:
+    explicit, auto = (
+        jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
+        for kind in (AxisType.Explicit, AxisType.Auto)
+    )
+    batch = jax.device_put(np.ones((8, 4), np.float32), NamedSharding(explicit, P("data")))
+    step = fs.with_optimizer(mean_square, TX)
+
+    def carry() -> fs.Carry:
+        return fs.init_carry({"w": jnp.ones((4, 2))}, {}, TX, sharding=NamedSharding(explicit, P()))
+
+    restored = jax.device_put(jax.device_get(carry()), NamedSharding(auto, P()))
+    by_hand = jax.jit(step)
+    by_hand(carry(), batch)
+    with pytest.raises(Exception, match=r"(?i)mesh"):
+        by_hand(restored, batch)
+    ours = fs.jit_step(fs.assert_max_traces(step), donate=False)
+    with fs.compile_log() as log:
+        ours(carry(), batch)
+        ours(fs.adopt_carry(restored, carry()), batch)
+    assert compiles(log) == 1
+
+
 @needs_donation
 def test_flax_1432_named_tuples_that_come_back_as_dicts_compile_nothing() -> None:
     step = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(mean_square, TX)))
