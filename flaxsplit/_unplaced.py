@@ -26,8 +26,8 @@ class _Reader(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Never raises: a record of another form says nothing."""
-        if isinstance(record.args, tuple) and len(record.args) == 3:
-            self.note(plain_name(str(record.args[0])), _unplaced(*record.args[1:]))
+        if isinstance(record.args, tuple) and len(record.args) == 3 and (words := _unplaced(*record.args[1:])):
+            self.note(plain_name(str(record.args[0])), words)
         return record.levelno >= self.shown
 
     def note(self, name: str, words: str) -> None:

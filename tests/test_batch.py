@@ -78,9 +78,13 @@ def test_the_log_says_that_a_batch_is_whole_on_every_device(kind: str, capfd: An
     ]
     for carry, batch, options, expected in cases:
         with fs.compile_log() as outer, fs.compile_log() as inner:
-            fs.jit_step(step, like=carry, **options)(carry, batch)
+            fs.jit_step(step, like=carry, donate=False, **options)(carry, batch)
         for log in (outer, inner):
             assert str(log).splitlines()[1 + len(log.traces | log.compiles) :] == expected
+    with fs.compile_log() as log:  # on one device first, under the same name
+        fs.jit_step(step, like=alone, donate=False)(alone, HOST)
+        fs.jit_step(step, like=carry_on(mesh))(carry_on(mesh), HOST)
+    assert [*log.unplaced] == ["loss_fn"]
     assert (logger.level, [*logger.filters]) == before
     assert "Compiling" not in capfd.readouterr().err
 

@@ -179,9 +179,6 @@ _NOTHING = Refusal(
 )
 
 
-_LAZY = "from_nnx(nnx.bridge.lazy_init(nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)), x))"
-
-
 @Guess
 def NOTHING_CHOSEN(trainable: Any, held: set[str], count: int, bridged: bool) -> Explained:  # noqa: N802
     """A filter of NNX's that chooses nothing; of a module without params the default takes all as state."""
@@ -190,7 +187,8 @@ def NOTHING_CHOSEN(trainable: Any, held: set[str], count: int, bridged: bool) ->
         return _NOTHING(f"{shown} matches none of {count} arrays, which are of {', '.join(sorted(map(repr, held)))}")
     if bridged:
         row = _NOTHING.but(
-            cause="a bridged module that was not initialized", fix=_LAZY
+            cause="a bridged module that was not initialized",
+            fix="from_nnx(nnx.bridge.lazy_init(nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)), x))",
         )
     else:
         row = _NOTHING.but(cause="nothing of this module can be trained", fix="from_nnx(module)")
