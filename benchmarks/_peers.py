@@ -62,6 +62,11 @@ class Task:
         return jnp.ones((2, *self.shape))
 
     @property
+    def sown(self) -> tuple[str, ...]:
+        """The collections that Linen's form of the network sows into."""
+        return ("losses",) if nets.has(self.layers, nets.Sow) else ()
+
+    @property
     def draws(self) -> bool:
         """Whether there is dropout."""
         return nets.has(self.layers, nets.Dropout)
@@ -138,14 +143,13 @@ def flag(task: Task, **options: Any) -> dict[str, Any]:
 def ours(task: Task, watch: Watch) -> Peer:
     """Flaxsplit, with what it offers for each situation."""
     model, tx = made(task)()
-    taken = ("losses",) if nets.has(task.layers, nets.Sow) else ()
-    apply: Any = fs.with_mutable(model, capture=taken)
+    apply: Any = fs.with_mutable(model, capture=task.sown)
     apply = fs.with_rngs(apply) if task.draws else apply
     still: Any = fs.with_mutable(model, mutable=False)
 
     def loss_fn(params: Any, state: Any, batch: Any) -> Any:
         pred, state = apply(params, state, batch[0])
-        return loss_of(pred[0] if taken else pred, batch[1]), state
+        return loss_of(pred[0] if task.sown else pred, batch[1]), state
 
     def loss_still(params: Any, state: Any, batch: Any) -> Any:
         pred, state = still(params, state, batch[0], train=False)
@@ -156,7 +160,7 @@ def ours(task: Task, watch: Watch) -> Peer:
 
     def halves() -> Any:
         params, state = fs.split_params(start_of(task))
-        state = {name: tree for name, tree in state.items() if name not in taken}
+        state = {name: tree for name, tree in state.items() if name not in task.sown}
         state |= fs.rng_state(dropout=key_of()) if task.draws else {}
         return params, fs.settle_state(apply, params, state, task.example)
 
@@ -241,15 +245,14 @@ def by_hand(task: Task, watch: Watch) -> Peer:
     the first step, is not mended.
     """
     model, tx = made(task)()
-    sown = ("losses",) if nets.has(task.layers, nets.Sow) else ()
 
     def train_step(carry: Any, batch: Any, train: bool = True) -> Any:
         count, params, state, opt_state, keys = carry
 
         def objective(params: Any) -> Any:
             variables = {"params": params, **state}
-            pred, updated = model.apply(variables, batch[0], train=train, mutable=[*state, *sown], rngs=used)
-            return loss_of(pred, batch[1]), {name: tree for name, tree in updated.items() if name not in sown}
+            pred, updated = model.apply(variables, batch[0], train=train, mutable=[*state, *task.sown], rngs=used)
+            return loss_of(pred, batch[1]), {name: tree for name, tree in updated.items() if name not in task.sown}
 
         split = {name: jax.random.split(key) for name, key in keys.items()}
         keys, used = ({name: each[i] for name, each in split.items()} for i in (0, 1))
@@ -259,7 +262,7 @@ def by_hand(task: Task, watch: Watch) -> Peer:
 
     def fresh(module: bool = False, new_tx: bool = False) -> Any:
         state, params = core.pop(start_of(task), "params")
-        for name in sown:
+        for name in task.sown:
             state, _ = core.pop(state, name)
         opt_state = (task.make_tx() if new_tx else tx).init(params)
         held = jnp.zeros((), jnp.int32), params, state, opt_state, {"dropout": key_of()} if task.draws else {}

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
-from .flags import needs_jit, needs_x32
+from .flags import KINDS, needs_jit, needs_x32
 from .models import structure
 
 # Every carry has an average, to see that a step not taken leaves it.
@@ -142,7 +142,7 @@ def two_devices(kind: Any) -> Any:
     return jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@KINDS
 def test_on_a_mesh(kind: Any) -> None:
     mesh = two_devices(kind)
 
@@ -160,7 +160,7 @@ def test_on_a_mesh(kind: Any) -> None:
     assert int(after.step) == 1
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@KINDS
 def test_under_shard_map_all_devices_take_a_step_or_none(kind: AxisType) -> None:
     """The params are in parts, one of which gets a gradient that is no number: the other devices see nothing of it."""
     mesh = two_devices(kind)

@@ -77,14 +77,14 @@ class Case(NamedTuple):
         return text
 
 
-def in_loss(line: str, **options: str) -> str:
-    """A loss whose last line is the fix, and a step of it."""
+def in_loss(reduced: bool = True, **options: str) -> str:
+    """A loss whose last line is the fix, and a step of it; the loss is one number, or one for each example."""
     given = "".join(f", {name}={value}" for name, value in options.items())
     return f"""
 def fixed(params, state, batch):
     out, new_state = apply(params, state, batch[0])
-    loss = per_example = (out - batch[1]) ** 2
-    loss = loss if {"mean" in line} else loss.mean()
+    per_example = (out - batch[1]) ** 2
+    loss = {"per_example.mean()" if reduced else "per_example"}
     aux = out
     FIX
 with_optimizer(fixed, tx{given})(carry, batch)
@@ -478,10 +478,10 @@ CASES = (
         "with_optimizer(fixed, tx)(carry, batch)",
         "**new_state",
     ),
-    Case(losing("loss, (new_state, out)"), "return loss, new_state", in_loss("return loss, new_state")),
-    Case(losing("new_state, loss"), "return loss, new_state", in_loss("return loss, new_state")),
-    Case(losing("loss"), "return loss, new_state", in_loss("return loss, new_state")),
-    Case(losing("loss, {'norm': loss, **new_state}"), "return (loss, aux), new_state", in_loss("", has_aux="True")),
+    Case(losing("loss, (new_state, out)"), "return loss, new_state", in_loss()),
+    Case(losing("new_state, loss"), "return loss, new_state", in_loss()),
+    Case(losing("loss"), "return loss, new_state", in_loss()),
+    Case(losing("loss, {'norm': loss, **new_state}"), "return (loss, aux), new_state", in_loss(has_aux="True")),
     Case(
         losing("loss, {'norm': loss, **new_state}"),
         "state | {'norm': ...}",
@@ -492,11 +492,11 @@ CASES = (
         "with_optimizer(kept, tx)(carry, batch)",
         "{'last': jnp.zeros(())}",
     ),
-    Case(losing("loss * jnp.ones(3), new_state"), "return loss.mean(), new_state", in_loss("mean")),
-    Case(losing("loss * 1j, new_state"), "return jnp.abs(loss).mean(), new_state", in_loss("mean")),
-    Case(losing("jnp.sum(out > 0), new_state"), "return jnp.mean(per_example), new_state", in_loss("mean")),
-    Case(losing("1.5, new_state"), "return jnp.mean(per_example), new_state", in_loss("mean")),
-    Case(losing("loss, out, new_state"), "return (loss, aux), new_state", in_loss("", has_aux="True")),
+    Case(losing("loss * jnp.ones(3), new_state"), "return loss.mean(), new_state", in_loss(reduced=False)),
+    Case(losing("loss * 1j, new_state"), "return jnp.abs(loss).mean(), new_state", in_loss(reduced=False)),
+    Case(losing("jnp.sum(out > 0), new_state"), "return jnp.mean(per_example), new_state", in_loss(reduced=False)),
+    Case(losing("1.5, new_state"), "return jnp.mean(per_example), new_state", in_loss(reduced=False)),
+    Case(losing("loss, out, new_state"), "return (loss, aux), new_state", in_loss(has_aux="True")),
     Case(
         losing("(loss, out), new_state").replace("with_optimizer(wrong", "loss_fn = wrong\nwith_optimizer(loss_fn"),
         ("value_and_grad(loss_fn, has_aux=True)", "with_optimizer(loss_fn, tx, has_aux=True)"),
@@ -505,7 +505,7 @@ CASES = (
     Case(
         "with_optimizer(loss_fn, tx, has_aux=True)(carry, batch)",
         "return (loss, aux), new_state",
-        in_loss("", has_aux="True"),
+        in_loss(has_aux="True"),
     ),
     Case(
         "restored = carry._asdict()\nstep(restored, batch)",
@@ -691,7 +691,7 @@ CASES = (
     Case(
         losing("loss, flax.core.freeze(new_state)"),
         "return loss, flax.core.unfreeze(new_state)",
-        in_loss("").replace("    aux = out", "    aux, new_state = out, flax.core.freeze(new_state)"),
+        in_loss().replace("    aux = out", "    aux, new_state = out, flax.core.freeze(new_state)"),
     ),
     Case(
         "from flax.training.train_state import TrainState\n"

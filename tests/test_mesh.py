@@ -21,14 +21,13 @@ from jax.sharding import PartitionSpec as P
 import flaxsplit as fs
 
 from . import strategies as some
-from .flags import needs_donation, needs_jit
+from .flags import KINDS, needs_donation, needs_jit
 from .models import MLP, UNBIASED, X, Y, structure
 from .test_traces import MODELS, loss_of
 
 pytestmark = needs_jit
 KEY = jax.random.key(0)
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
-KINDS = pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 _SHARD = importlib.import_module("jax.sharding" if hasattr(jax.sharding, "reshard") else "jax.experimental.shard")
 reshard: Any = _SHARD.reshard
 auto_axes: Any = _SHARD.auto_axes

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
-from .flags import needs_jit, needs_x32
+from .flags import KINDS, needs_jit, needs_x32
 
 pytestmark = [needs_jit, needs_x32]
 NAME = "_overwrite_with_gradient"
@@ -129,7 +129,7 @@ def test_microbatches_see_the_amax_of_the_whole_batch(count: int) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.2, atol=0.02), parts_grads, grads)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@KINDS
 def test_devices_see_the_amax_of_the_whole_batch(kind: Any) -> None:
     model = Net()
     _, params, state = start(model)

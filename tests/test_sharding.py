@@ -13,12 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
-from .flags import needs_jit
+from .flags import KINDS, needs_jit
 from .models import MLP, X, Y
 
 pytestmark = needs_jit
 LINE = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 TX = optax.adam(1e-2)
 KEY = jax.random.key(0)
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
-from .flags import needs_donation
+from .flags import KINDS, needs_donation
 from .models import MLP, Dropping, X, Y
 
 
@@ -33,7 +33,7 @@ def assert_close(left: Any, right: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), left, right)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@KINDS
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_axis_name_averages_under_shard_map(check_vma: bool, microbatches: int, kind: AxisType) -> None:
@@ -202,7 +202,7 @@ class Out(NamedTuple):
     metrics: Any
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@KINDS
 @pytest.mark.parametrize(
     "form",
     [lambda c, b: c, lambda c, b: (c, b), lambda c, b: (c, b, {"n": b}), lambda c, b: Out(c, b, {"n": b})],
