@@ -94,7 +94,7 @@ def _pcast(leaf: Any, names: tuple[str, ...]) -> Any:
 
 def place_along(leaf: Any, axis: int) -> NamedSharding | None:
     """Where one axis of a leaf lies, if its type says so, as the place of an array with that axis alone."""
-    sharding = _place_in_type(leaf)
+    sharding = place_in_type(leaf)
     spec = (*getattr(sharding, "spec", ()),)
     entry = spec[axis] if -len(spec) <= axis < len(spec) else None
     return None if entry is None else NamedSharding(sharding.mesh, PartitionSpec(entry))
@@ -110,11 +110,12 @@ def put_back(before: Any, after: Any) -> Any:
     """A leaf where the one before it lies, if their types say so and differ."""
     if after is before:
         return after
-    old, new = _place_in_type(before), _place_in_type(after)
+    old, new = place_in_type(before), place_in_type(after)
     if getattr(old, "spec", None) == getattr(new, "spec", None):
         return after
     return reshard(after, NamedSharding(new.mesh if old.mesh.empty else old.mesh, old.spec))
 
 
-def _place_in_type(leaf: Any) -> Any:
+def place_in_type(leaf: Any) -> Any:
+    """The sharding in a leaf's type."""
     return getattr(jax.typeof(leaf), "sharding", None)

@@ -115,7 +115,7 @@ def value_and_grad(
         try:
             (loss, (aux, new_state)), (grads, overwritten) = over_batch(state, batch)
         except Exception as error:
-            UNCOMPUTED.instead_of(error, error, params, batch, (*args, kwargs), microbatches)
+            UNCOMPUTED.instead_of(error, error, params, state, batch, (*args, kwargs), microbatches)
         loss, grads = averaged((loss, grads), axis_name)
         overwritten = overwritten if axis_name is None else jax.lax.pmax(overwritten, axis_name)
         return (((loss, aux) if has_aux else loss), grads), {**new_state, **overwritten}

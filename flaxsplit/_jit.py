@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, Sharding, SingleDeviceSharding
 
+from ._axes import place_in_type
 from ._checks import checked, is_function
 from ._describe import describe, is_array, is_numeric, keyed_leaves, same_structure
-from ._refusals.many import JIT_STEP, LIKE, PLACES, SECOND, UNDIVIDED, UNLIKE
+from ._refusals.many import ELSEWHERE, JIT_STEP, LIKE, PLACES, SECOND, UNDIVIDED, UNLIKE
 from ._types import JittedStep
 from ._unplaced import split_inside
 from ._upstream import reshard
@@ -96,6 +97,7 @@ def _pinned(step: Callable[..., Any], like: Any, places: Sequence[Any]) -> Calla
         first = result[0] if isinstance(result, tuple) and result else result
         UNLIKE.unless(same_structure(result, like) or same_structure(first, like), result, like)
         leaves, treedef = jax.tree.flatten(result)
+        ELSEWHERE.unless(all(map(_reaches, leaves, places)), first, like)
         return jax.tree.unflatten(treedef, [*map(_constrained, leaves, places), *leaves[len(places) :]])
 
     return pinned
@@ -137,6 +139,14 @@ def _fits(leaf: Any, place: Any) -> bool:
     parts = [math.prod(place.mesh.shape[name] for name in each) for each in names]
     shape = jnp.shape(leaf)
     return len(parts) <= len(shape) and not any(size % part for size, part in zip(shape, parts, strict=False))
+
+
+def _reaches(leaf: Any, place: Any) -> bool:
+    """Whether a leaf comes on as many devices as its place has; inside of a program JAX moves it to no others."""
+    if not isinstance(place, NamedSharding):
+        return True
+    mesh = place_in_type(leaf).mesh
+    return bool(mesh.empty or mesh.size == place.mesh.size)
 
 
 def _is_sharding(place: Any) -> bool:

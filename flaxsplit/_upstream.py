@@ -37,7 +37,12 @@ def is_about_out_axes(error: ValueError) -> bool:
 def is_about_explicit(error: Exception) -> bool:
     """Whether JAX was not told where a result lies, axes being Explicit. A public error class would replace this."""
     of_vmap = isinstance(error, ValueError) and "passed to vmap" in str(error) and "shard" in str(error)
-    return type(error).__name__ == "ShardingTypeError" or of_vmap
+    return type(error).__name__ == "ShardingTypeError" or of_vmap or is_about_meshes(error)
+
+
+def is_about_meshes(error: Exception) -> bool:
+    """Whether what an operation takes lies on two meshes of Explicit axes."""
+    return isinstance(error, ValueError) and str(error).startswith("Mesh for all inputs should be equal")
 
 
 def is_about_mask(error: Exception) -> bool:

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import pytest
-from jax.sharding import AxisType
 
 CONFIG: Any = jax.config  # its flags are attributes that no checker sees
 
@@ -38,9 +37,6 @@ needs_defaults = pytest.mark.skipif(
     or CONFIG.jax_numpy_rank_promotion == "raise",
     reason="a flag is set that changes what is measured: the package is tested under it, its benchmarks are not",
 )
-
-KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-"""Of a mesh's axes; JAX's default is Explicit."""
 
 DOCTESTS = {
     "flaxsplit._carry.adopt_carry": needs_x32,

@@ -15,17 +15,12 @@ from jax.sharding import PartitionSpec as P
 import flaxsplit as fs
 
 from .flags import needs_jit, needs_x32
+from .meshes import AUTO, EXPLICIT, KINDS, line
 
 pytestmark = needs_jit
 TX = optax.adam(0.1)
 ROWS, WIDTH = 64, 32
 HOST = np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)
-KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-
-
-def mesh_of(kind: str, count: int = 8) -> Any:
-    """So many devices along one axis. What runs, runs on two: more wait for each other's collectives on two cores."""
-    return jax.make_mesh((count,), ("data",), axis_types=(KINDS[kind],), devices=jax.devices()[:count])
 
 
 def loss_fn(params: Any, state: Any, batch: Any, scale: Any = 1.0) -> Any:
@@ -41,12 +36,12 @@ def carry_on(mesh: Any) -> fs.Carry:
     return fs.init_carry(*fs.split_params(variables), TX, sharding=NamedSharding(mesh, P()))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@KINDS
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_each_device_computes_its_share_of_a_host_batch(kind: str, microbatches: int) -> None:
+def test_each_device_computes_its_share_of_a_host_batch(kind: AxisType, microbatches: int) -> None:
     step = fs.with_optimizer(loss_fn, TX, microbatches=microbatches)
     flops = {}
-    for name, mesh in {"whole": mesh_of("auto"), "cut": mesh_of(kind)}.items():
+    for name, mesh in {"whole": line(AUTO), "cut": line(kind)}.items():
         carry, cut = carry_on(mesh), NamedSharding(mesh, P("data"))
         options: Any = {"batch": cut} if name == "cut" else {}
         compiled = fs.jit_step(step, like=carry, donate=False, **options).lower(carry, HOST).compile()
@@ -59,19 +54,19 @@ def test_each_device_computes_its_share_of_a_host_batch(kind: str, microbatches:
     assert flops["cut"] <= flops["whole"] / 8 + update
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_log_says_that_a_batch_is_whole_on_every_device(kind: str, capfd: Any) -> None:
+@KINDS
+def test_the_log_says_that_a_batch_is_whole_on_every_device(kind: AxisType, capfd: Any) -> None:
     """Nobody else notices. It says nothing of what was placed, whole or split, and of a single device."""
-    if kind == "explicit" and jax.__version_info__ < (0, 7):
-        pytest.skip("it refuses an array without a mesh beside one on Explicit axes")
+    if kind is EXPLICIT and jax.__version_info__ < (0, 7):
+        pytest.skip("such a batch is refused there, by name: test_mesh")
     fix = "jit_step(step, like=carry, batch=sharding) splits a batch"
-    line = f"loss_fn: f32[{ROWS},{WIDTH}]: whole on each of 2 devices; {fix}"
-    step, mesh = fs.with_optimizer(loss_fn, TX), mesh_of(kind, 2)
+    words = f"loss_fn: f32[{ROWS},{WIDTH}]: whole on each of 2 devices; {fix}"
+    step, mesh = fs.with_optimizer(loss_fn, TX), line(kind, 2)
     rows, logger = NamedSharding(mesh, P("data")), logging.getLogger("jax._src.interpreters.pxla")
     alone = fs.init_carry(*fs.split_params(nn.Dense(WIDTH).init(jax.random.key(0), HOST)), TX)
     before = logger.level, [*logger.filters]
     cases: list[tuple[Any, Any, Any, list[str]]] = [
-        (carry_on(mesh), HOST, {}, [line]),
+        (carry_on(mesh), HOST, {}, [words]),
         (carry_on(mesh), HOST, {"batch": rows}, []),
         (carry_on(mesh), jax.device_put(HOST, rows), {}, []),
         (alone, HOST, {}, []),
@@ -89,9 +84,9 @@ def test_the_log_says_that_a_batch_is_whole_on_every_device(kind: str, capfd: An
     assert "Compiling" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_equals_the_step_on_one_device_and_compiles_once(kind: str) -> None:
-    mesh = mesh_of(kind, 2)
+@KINDS
+def test_it_equals_the_step_on_one_device_and_compiles_once(kind: AxisType) -> None:
+    mesh = line(kind, 2)
     carry = carry_on(mesh)
     places = {"x": NamedSharding(mesh, P("data")), "note": None}
     step: Any = fs.jit_step(fs.assert_max_traces(fs.with_optimizer(loss_fn, TX)), like=carry, batch=places)
@@ -109,9 +104,9 @@ def test_it_equals_the_step_on_one_device_and_compiles_once(kind: str) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), carry.params, alone.params)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_stacked_batches_are_cut_behind_the_steps(kind: str) -> None:
-    mesh = mesh_of(kind)
+@KINDS
+def test_stacked_batches_are_cut_behind_the_steps(kind: AxisType) -> None:
+    mesh = line(kind)
     carry, stacked = carry_on(mesh), np.stack([HOST, HOST])
     many = fs.scan_steps(fs.with_optimizer(loss_fn, TX))
     compiled = fs.jit_step(many, like=carry, batch=NamedSharding(mesh, P(None, "data"))).lower(carry, stacked).compile()
@@ -129,8 +124,9 @@ def test_without_a_mesh_it_changes_nothing() -> None:
 
 
 @needs_x32
-def test_what_the_mesh_does_not_divide_is_named() -> None:
-    mesh = mesh_of("auto")
+@KINDS
+def test_what_the_mesh_does_not_divide_is_named(kind: AxisType) -> None:
+    mesh = line(kind)
     carry, cut = carry_on(mesh), NamedSharding(mesh, P("data"))
     step = fs.jit_step(fs.with_optimizer(loss_fn, TX), batch=cut)
     with pytest.raises(fs.SignatureError) as caught:
@@ -140,8 +136,9 @@ def test_what_the_mesh_does_not_divide_is_named() -> None:
 
 
 @needs_x32
-def test_places_of_another_batch() -> None:
-    mesh = mesh_of("auto")
+@KINDS
+def test_places_of_another_batch(kind: AxisType) -> None:
+    mesh = line(kind)
     carry, cut = carry_on(mesh), NamedSharding(mesh, P("data"))
     step: Any = fs.jit_step(fs.with_optimizer(loss_fn, TX), batch={"y": cut})
     with pytest.raises(fs.SignatureError) as caught:

@@ -62,7 +62,6 @@ def test_maxtext_4174_a_dummy_batch_without_a_sharding_compiles_the_step_once_mo
     assert compiles(log) == 1
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 7), reason="its Explicit axes compile such a loss in another way")
 def test_orbax_2408_a_checkpoint_forgets_that_its_axes_were_explicit() -> None:
     explicit, auto = (
         jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
-from .flags import KINDS, needs_jit, needs_x32
+from .flags import needs_jit, needs_x32
+from .meshes import KINDS, line
 from .models import structure
 
 # Every carry has an average, to see that a step not taken leaves it.
@@ -139,7 +140,7 @@ def test_without_keys_a_run_is_the_run_without_its_bad_batches() -> None:
 
 def two_devices(kind: Any) -> Any:
     """A mesh of as many devices as the smallest machine has cores: more wait for each other's collectives."""
-    return jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
+    return line(kind, 2)
 
 
 @KINDS

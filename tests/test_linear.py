@@ -21,7 +21,8 @@ from flaxsplit import _linear
 
 from . import strategies as some
 from .drawn_models import BatchNorm, Dropout, Model, Remember, Stack
-from .flags import KINDS, needs_jit
+from .flags import needs_jit
+from .meshes import KINDS, line
 from .models import Dropping
 from .test_fuzz import applied, begun, error, wrapped
 from .test_messages import whole
@@ -172,7 +173,7 @@ def test_each_mistake_is_told_once_with_every_leaf(name: str, way: str, mistake:
 @KINDS
 def test_devices_of_a_mesh(kind: AxisType) -> None:
     fn, params, state = linen(Dropping("data"), lambda fn: fs.with_rngs(fn, axis_name="data"))
-    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(kind,))
+    mesh = line(kind, 2)
 
     def run(mistake: str) -> Any:
         step = fs.with_optimizer(twice(fn, mistake), TX, axis_name="data")

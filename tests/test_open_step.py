@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
-from .flags import KINDS, needs_jit, needs_x32
+from .flags import needs_jit, needs_x32
+from .meshes import KINDS, line
 from .models import X, Y, structure
 from .test_hlo import instructions
 
@@ -225,7 +226,7 @@ def test_dynamic_scale_skips_an_overflow() -> None:
 @KINDS
 def test_sharpness_aware_steps_per_device(kind: AxisType) -> None:
     """SAM with a perturbation of each device's own, as in GSAM's code: only the second gradient is averaged."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
+    mesh = line(kind, 2)
     rho = 0.05
 
     def loss_fn(params: Any, state: Any, batch: Any) -> Any:

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
-from .flags import KINDS, needs_jit, needs_x32
+from .flags import needs_jit, needs_x32
+from .meshes import KINDS, line
 
 pytestmark = [needs_jit, needs_x32]
 NAME = "_overwrite_with_gradient"
@@ -134,7 +135,7 @@ def test_devices_see_the_amax_of_the_whole_batch(kind: Any) -> None:
     model = Net()
     _, params, state = start(model)
     _, whole = jax.jit(fs.value_and_grad(loss_of(model)))(params, state, (X, Y))
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    mesh = line(kind)
     per_device = fs.with_optimizer(loss_of(model), TX, axis_name="data")
     step = jax.shard_map(per_device, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()))
     carry = fs.init_carry(params, state, TX, sharding=NamedSharding(mesh, P()))

@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
-from .flags import KINDS, needs_jit, needs_nan, needs_x32
+from .flags import needs_jit, needs_nan, needs_x32
+from .meshes import KINDS, line
 from .models import X, Y
 from .test_hlo import instructions
 from .test_open_step import APPLY, BATCH, KEY, MODEL, PARAMS, STATE, TX, Net, assert_equal, run
@@ -187,7 +188,7 @@ def test_dynamic_scale_differentiates_the_loss_function_itself() -> None:
 @pytest.mark.parametrize("alpha", [0.0, 0.4], ids=["sam", "gsam"])
 def test_each_device_perturbs_by_its_own_gradient(alpha: float, kind: AxisType) -> None:
     """SAM, and GSAM, which takes from the average what of the plain gradient is orthogonal to it."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
+    mesh = line(kind, 2)
 
     class Synced(nn.Module):
         """BatchNorm over all devices."""

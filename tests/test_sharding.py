@@ -13,16 +13,17 @@ from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
-from .flags import KINDS, needs_jit
+from .flags import needs_jit
+from .meshes import KINDS, line
 from .models import MLP, X, Y
 
 pytestmark = needs_jit
-LINE = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 TX = optax.adam(1e-2)
 KEY = jax.random.key(0)
 
 
-def test_abstract_initialisation_goes_straight_into_shards() -> None:
+@KINDS
+def test_abstract_initialisation_goes_straight_into_shards(kind: AxisType) -> None:
     wide = nn.Sequential([nn.Dense(1024), nn.relu, nn.Dense(1024)])
 
     def init(key: jax.Array) -> fs.Carry:
@@ -31,7 +32,7 @@ def test_abstract_initialisation_goes_straight_into_shards() -> None:
 
     abstract = jax.eval_shape(init, KEY)
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-    shardings = jax.tree.map(lambda leaf: NamedSharding(LINE, P("data") if leaf.ndim else P()), abstract)
+    shardings = jax.tree.map(lambda leaf: NamedSharding(line(kind), P("data") if leaf.ndim else P()), abstract)
     compiled = jax.jit(init, out_shardings=shardings).lower(KEY).compile()
     memory: Any = compiled.memory_analysis()
     # a device makes its eighth of everything, and needs room for no more than that beside it
@@ -46,7 +47,7 @@ def test_abstract_initialisation_goes_straight_into_shards() -> None:
 
 @KINDS
 def test_zero_1_splits_the_moments_alone(kind: AxisType) -> None:
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
+    mesh = line(kind, 2)
     everywhere, cut = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
     def loss_fn(params: Any, state: Any, batch: Any) -> Any:
@@ -88,7 +89,7 @@ def start() -> fs.Carry:
 def statistics(axis_name: Any, mapped: bool, kind: AxisType, microbatches: int = 1, **options: Any) -> list[Any]:
     """The running mean that each of eight devices holds after one step under shard_map."""
     step = step_of(axis_name, mapped, axis_name="data", microbatches=microbatches)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    mesh = line(kind)
     step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()), **options)
     batch = jax.device_put((X, Y), NamedSharding(mesh, P("data")))
     carry, _ = jax.jit(step)(jax.device_put(start(), NamedSharding(mesh, P())), batch)
@@ -124,7 +125,7 @@ def test_not_synced_over_the_mesh_the_leaf_is_named(microbatches: int, kind: Axi
 
 @KINDS
 def test_params_that_are_each_devices_own_stay_so(kind: AxisType) -> None:
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    mesh = line(kind)
 
     def loss_fn(params: Any, state: Any, batch: Any) -> Any:
         return (params["w"] * batch).mean(), state

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
-from .flags import KINDS, needs_donation
+from .flags import needs_donation
+from .meshes import KINDS, line
 from .models import MLP, Dropping, X, Y
 
 
@@ -37,7 +38,7 @@ def assert_close(left: Any, right: Any) -> None:
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_axis_name_averages_under_shard_map(check_vma: bool, microbatches: int, kind: AxisType) -> None:
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    mesh = line(kind)
     tx = optax.sgd(0.1, momentum=0.9)  # not Adam: it would not see gradients that are eight times too large
     step = fs.with_optimizer(loss_fn, tx, axis_name="data", microbatches=microbatches)
     sharded = jax.jit(
@@ -209,7 +210,7 @@ class Out(NamedTuple):
     ids=["alone", "a pair", "three", "a named tuple"],
 )
 def test_jit_step_pins_the_carry_of_any_return_form(form: Any, kind: Any) -> None:
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    mesh = line(kind)
     carry: Any = {"w": jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh, P("data"))), "n": 0}
 
     def step(carry: Any, batch: Any, scale: Any, *, offset: Any) -> Any:

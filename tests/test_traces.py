@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 from flax.core import freeze
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
@@ -23,6 +23,7 @@ from flaxsplit import _again
 from flaxsplit._caller import caller
 
 from .flags import needs_jit, needs_promotion, needs_x32
+from .meshes import KINDS, line, on, placement, told
 from .models import MLP, BiasAdder, Block, Coder, Dropping, Sowing, Two, X, Y
 from .test_messages import whole
 
@@ -31,7 +32,6 @@ STEPS = 20
 KEY = jax.random.key(0)
 TX = optax.adam(1e-2)
 BATCH = (X, Y)
-MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
 
 def loss_of(apply: Any) -> Any:
@@ -57,10 +57,8 @@ def mlp() -> tuple[dict[str, Any], dict[str, Any]]:
 
 def types(carry: fs.Carry) -> tuple[Any, Any]:
     """What must stay as it is: structure, shapes, dtypes, weak types and placement."""
-    kinds = [
-        (leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), leaf.sharding) for leaf in jax.tree.leaves(carry)
-    ]
-    return jax.tree.structure(carry), kinds
+    kinds = [(leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)) for leaf in jax.tree.leaves(carry)]
+    return jax.tree.structure(carry), [*zip(kinds, placement(carry), strict=True)]
 
 
 def assert_once(
@@ -275,29 +273,32 @@ def test_params_put_on_a_device_by_hand() -> None:
     assert {device.id for leaf in jax.tree.leaves(carry) for device in leaf.devices()} == {3}
 
 
+@KINDS
 @pytest.mark.parametrize("spec", [P(), P("data")], ids=["replicated", "fsdp"])
-def test_params_on_a_mesh(spec: Any) -> None:
-    def place(leaf: Any) -> Any:
-        return jax.device_put(leaf, NamedSharding(MESH, spec if leaf.ndim and leaf.shape[0] % 8 == 0 else P()))
-
+def test_params_on_a_mesh(spec: Any, kind: AxisType) -> None:
+    mesh = line(kind)
+    place, whole = on(mesh, *spec), on(mesh)
     params, state = mlp()
-    carry = fs.init_carry(jax.tree.map(place, params), state, TX)
-    batch = jax.device_put(BATCH, NamedSharding(MESH, P("data")))
-    carry = assert_once(fs.with_optimizer(train_mlp, TX), carry, [batch], like=carry)
-    assert carry.params["Dense_1"]["kernel"].sharding.spec == spec
-    assert carry.opt_state[0].mu["Dense_1"]["kernel"].sharding.spec == spec
+    placed = jax.tree.map(lambda leaf: jax.device_put(leaf, whole if leaf.shape[0] % 8 else place), params)
+    carry = fs.init_carry(placed, state, TX)
+    batch = jax.device_put(BATCH, on(mesh, "data"))
+    carry = assert_once(fs.with_optimizer(told(train_mlp, mesh), TX), carry, [batch], like=carry)
+    for tree in (carry.params, carry.opt_state[0].mu):
+        assert tree["Dense_1"]["kernel"].sharding.is_equivalent_to(place, 2)
 
 
-def test_what_the_loop_by_hand_does_on_a_mesh() -> None:
+@KINDS
+def test_what_the_loop_by_hand_does_on_a_mesh(kind: AxisType) -> None:
     """The reason for `init_carry` and `like`: without them, the usual loop compiles twice there."""
-    params, state = jax.device_put(mlp(), NamedSharding(MESH, P()))
-    batch = jax.device_put(BATCH, NamedSharding(MESH, P("data")))
-    step = jax.jit(fs.with_optimizer(train_mlp, TX), donate_argnums=0)
+    params, state = jax.device_put(mlp(), on(line(kind)))
+    batch = jax.device_put(BATCH, on(line(kind), "data"))
+    step = fs.with_optimizer(told(train_mlp, line(kind)), TX)
+    jitted = jax.jit(step, donate_argnums=0)
     carry = fs.Carry(jnp.int32(0), params, state, TX.init(params))
     with fs.compile_log() as log:
         for _ in range(STEPS):
-            carry, _ = step(carry, batch)
-    assert log.compiles["train_mlp"] == 2
+            carry, _ = jitted(carry, batch)
+    assert log.compiles[step.__name__] == 2
 
 
 STACKED = jax.tree.map(lambda leaf: jnp.stack([leaf] * STEPS), BATCH)

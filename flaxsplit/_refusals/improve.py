@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flaxsplit._describe import describe, form_of, is_array, keyed_leaves, same_structure
+from flaxsplit._describe import describe, form_of, is_array, keyed_leaves, mesh_in_type, same_structure
 from flaxsplit._errors import Explained, Guess, Refusal, SignatureError, UnsyncedStateError, UntouchedStateWarning
-from flaxsplit._upstream import is_about_explicit, is_about_mask
+from flaxsplit._upstream import is_about_explicit, is_about_mask, is_about_meshes
 
 from .options import LISTED, form, function, unbound
 
@@ -144,12 +144,14 @@ def _unlike_a_loss(loss: Any) -> tuple[str, str]:
 
 
 @Guess
-def UNCOMPUTED(error: Exception, params: Any, batch: Any, further: Any, count: int) -> Explained:  # noqa: N802
-    """An error in the loss: ours, where it has one of two causes that its words do not say; else its own."""
+def UNCOMPUTED(  # noqa: N802
+    error: Exception, params: Any, state: Any, batch: Any, further: Any, count: int
+) -> Explained:
+    """An error in the loss: ours, where it has one of three causes that its words do not say; else its own."""
     if isinstance(error, Explained):
         raise error
     if is_about_explicit(error):
-        return _untold(error, params, batch)
+        return _elsewhere(error, params, state, batch) or _untold(error, params, batch)
     rows = {leaf.shape[0] for leaf in jax.tree.leaves(batch) if is_array(leaf) and leaf.shape}
     leaves = {name: leaf for tree in further for name, leaf in keyed_leaves(tree, "argument").items() if is_array(leaf)}
     whole = [f"{name}: {describe(leaf)}" for name, leaf in leaves.items() if leaf.shape and leaf.shape[0] in rows]
@@ -164,10 +166,47 @@ def UNCOMPUTED(error: Exception, params: Any, batch: Any, further: Any, count: i
     )
 
 
+_ELSEWHERE = Refusal(
+    SignatureError,
+    _GRADIENT,
+    "on a mesh of Explicit axes the carry and the batch must lie on one mesh",
+    "the carry was made on one device, and not placed on the mesh",
+    "carry = jax.device_put(carry, NamedSharding(mesh, PartitionSpec()))",
+)
+_ON_ANOTHER = _ELSEWHERE.but(cause="the carry was placed on another mesh than the batch")
+_ON_NONE = _ELSEWHERE.but(
+    cause="the batch was left on one device",
+    fix="jit_step(step, like=carry, batch=NamedSharding(mesh, PartitionSpec('data')))",
+)
+
+
+def _elsewhere(error: Exception, params: Any, state: Any, batch: Any) -> Explained | None:
+    """What lies on another mesh than the batch does; of params also on none, since JAX cannot place its gradient."""
+    learned, read, given = keyed_leaves(params, "params"), keyed_leaves(state, "state"), keyed_leaves(batch, "batch")
+    home = {mesh_in_type(leaf) for leaf in given.values()} - {""}
+    wrong = {path: leaf for path, leaf in learned.items() if mesh_in_type(leaf) not in home}
+    wrong |= {path: leaf for path, leaf in read.items() if mesh_in_type(leaf) not in {"", *home}}
+    if home and wrong:
+        row = _ON_ANOTHER if any(map(mesh_in_type, wrong.values())) else _ELSEWHERE
+        return row(*_with_meshes(given | wrong))
+    if wrong and not _split(learned):
+        return _ON_NONE(*_with_meshes(given | wrong))
+    if is_about_meshes(error):
+        raise error
+    return None
+
+
+def _with_meshes(leaves: Mapping[str, Any]) -> list[str]:
+    return [f"{path}: {describe(leaf)}, {mesh_in_type(leaf) or 'no mesh'}" for path, leaf in leaves.items()]
+
+
+def _split(leaves: Mapping[str, Any]) -> list[str]:
+    return [f"{path}: {describe(leaf)}" for path, leaf in leaves.items() if "@" in describe(leaf)]
+
+
 def _untold(error: Exception, params: Any, batch: Any) -> Explained:
     """On a mesh of Explicit axes, which `jax.make_mesh` makes, JAX places no result and gathers no weight by itself."""
-    leaves = keyed_leaves(params, "params") | keyed_leaves(batch, "batch")
-    split = [f"{path}: {describe(leaf)}" for path, leaf in leaves.items() if "@" in describe(leaf)]
+    split = _split(keyed_leaves(params, "params") | keyed_leaves(batch, "batch"))
     cause = "an operation of the model was written for Auto axes"
     if is_about_mask(error):
         cause = "a mask lies elsewhere than what it masks, as that of nn.Dropout does (google/flax#5209)"

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax.sharding import NamedSharding
 
-from flaxsplit._describe import describe, differences, keyed_leaves
+from flaxsplit._describe import describe, differences, keyed_leaves, mesh_in_type
 from flaxsplit._errors import Explained, Guess, Refusal, SignatureError
 
 from .options import form, function
@@ -60,6 +61,23 @@ def UNLIKE(result: Any, like: Any) -> Explained:  # noqa: N802
         "like is the carry of another step, or the step returns something else first",
         "jit_step(step, like=carry), where the step returns (carry, out)",
     )
+
+
+_ELSEWHERE = Refusal(
+    SignatureError,
+    "jit_step(like=...)",
+    "the carry must come on the mesh of like (carry -> like)",
+    "the carry was made or restored on another mesh than like",
+    "carry = adopt_carry(carry, like)",
+)
+
+
+@Guess
+def ELSEWHERE(carry: Any, like: Any) -> Explained:  # noqa: N802
+    """A carry that JAX cannot take to the mesh of like, leaf by leaf."""
+    pairs = zip(keyed_leaves(carry, "carry").items(), jax.tree.leaves(like), strict=False)
+    both = ((path, describe(leaf), mesh_in_type(leaf), mesh_in_type(goal)) for (path, leaf), goal in pairs)
+    return _ELSEWHERE(*(f"{path}: {leaf}, {mesh} -> {goal}" for path, leaf, mesh, goal in both if mesh))
 
 
 PLACES = Refusal(

@@ -197,7 +197,7 @@ def cases() -> Iterator[tuple[str, Case]]:
         kind = [*KINDS][(i + 1) % 2]
         yield f"model {name}, {kind} axes", of_model(name, KINDS[kind])
     for kind, axes in KINDS.items():
-        if kind == "Auto" or jax.__version_info__ >= (0, 7):  # before, a reshape of an Explicit axis of size 1 fails
+        if kind == "Auto" or jax.__version_info__ >= (0, 7):  # before: jax-ml/jax#29859
             yield f"2-D mesh, microbatches, scan_steps, {kind} axes", of_grid(axes)
         yield f"shard_map, {kind} axes", of_shard_map(axes)
 
