@@ -99,25 +99,6 @@ def _explicit_spec(leaf: Any) -> tuple[Any, ...]:
     return (*getattr(sharding, "spec", ()), *nothing)
 
 
-def mesh_in_type(leaf: Any) -> str:
-    """Says the mesh that is part of a leaf's type, where axes are Explicit; nothing for none."""
-    sharding: Any = getattr(jax.typeof(leaf), "sharding", None) if is_numeric(leaf) else None
-    return _mesh(getattr(sharding, "mesh", None))
-
-
-def _mesh(placement: Any) -> str:
-    axes = ", ".join(f"{name}={size}" for name, size in getattr(placement, "shape", {}).items())
-    return axes and f"mesh({axes})"
-
-
-def place_of(placement: Any) -> str:
-    """Says a mesh or a sharding by its axes and devices; the words of JAX differ by version."""
-    mesh = _mesh(placement)
-    devices = list(placement.devices.flat if mesh else placement.device_set)
-    names = ", ".join(shorten(sorted(f"{device.platform}:{device.id}" for device in devices), 4))
-    return f"{mesh} of {names}" if mesh else names
-
-
 def abstract(tree: Any) -> Any:
     """Replaces every array by its words and keeps the rest: structure, static fields, Python values."""
     return jax.tree.map(lambda leaf: Abstract(describe(leaf)) if is_array(leaf) else leaf, tree)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from ._axes import averaged, check_bound, unsynced, varying
 from ._checks import check_count, checked, is_function, is_inexact
 from ._declared import declaring
-from ._describe import ABSENT, describe, is_array, keyed_leaves, plain
+from ._describe import ABSENT, describe, is_array, keyed_leaves, plain, same_structure
 from ._drift import check_drift
 from ._linear import noted, watched
 from ._lost import warn_of_lost
@@ -148,7 +148,8 @@ def _objective(loss_fn: Any, has_aux: bool, axis_name: AxisName | None) -> Calla
             result, calls = watched(loss_fn, given, kwargs)
         except TypeError as error:
             ARGUMENTS.instead_of(error, error, loss_fn, given, kwargs)
-        MISRETURNED.unless(_is_returned(result, has_aux), result, has_aux, params)
+        is_returned = _is_returned(result, has_aux) and not _are_gradients(result[1], params, state)
+        MISRETURNED.unless(is_returned, result, has_aux, params)
         out, new_state = result
         warn_of_lost(calls, out, new_state)
         new_state = check_drift("value_and_grad(loss_fn)", "state", state, new_state)
@@ -189,6 +190,11 @@ def _is_returned(result: Any, has_aux: bool) -> bool:
     if not has_aux:
         return _is_real_scalar(out)
     return isinstance(out, tuple) and len(out) == 2 and _is_real_scalar(out[0])
+
+
+def _are_gradients(new_state: Any, params: Any, state: Any) -> bool:
+    """Whether gradients came instead of the new state: `loss_fn` is differentiated already."""
+    return bool(jax.tree.leaves(params)) and same_structure(new_state, params) and not same_structure(new_state, state)
 
 
 def _is_real_scalar(loss: Any) -> bool:

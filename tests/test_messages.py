@@ -1793,6 +1793,23 @@ def test_three_results() -> None:
     """)
 
 
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_a_loss_that_is_differentiated_already(has_aux: bool) -> None:
+    def loss_fn(params: Any, state: Any, batch: Any) -> Any:
+        loss = jnp.sum(params["w"] * batch)
+        return (loss, state) if has_aux else loss
+
+    step = returning(jax.value_and_grad(loss_fn, has_aux=has_aux))
+    error = fails(fs.SignatureError, step, one(), jnp.ones(3))
+    assert str(error) == whole("""
+    value_and_grad(loss_fn): loss_fn must return a loss and the new state
+      got:
+        a value and a tree like params
+      likely cause: loss_fn is differentiated already, by jax.value_and_grad
+      fix: value_and_grad(loss_fn), with the loss itself
+    """)
+
+
 def test_aux_without_has_aux() -> None:
     step = returning(lambda p, s, b: ((jnp.sum(p["w"]), b), s))
     error = fails(fs.SignatureError, step, one(), X)

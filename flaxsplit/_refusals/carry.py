@@ -6,10 +6,10 @@ from typing import Any
 import jax
 from flax.core import freeze
 
-from flaxsplit._describe import Difference, describe, differences, place_of, same_structure, strong
+from flaxsplit._describe import Difference, describe, differences, same_structure, strong
 from flaxsplit._errors import Explained, Guess, Refusal, SignatureError, StateDriftError
 
-from .options import sown_in
+from .options import place_of, sown_in
 
 _INIT = "init_carry(params, state, tx)"
 

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flaxsplit._describe import describe, form_of, is_array, keyed_leaves, mesh_in_type, same_structure
+from flaxsplit._describe import describe, form_of, is_array, keyed_leaves, same_structure
 from flaxsplit._errors import Explained, Guess, Refusal, SignatureError, UnsyncedStateError, UntouchedStateWarning
 from flaxsplit._upstream import is_about_explicit, is_about_mask, is_about_meshes
 
-from .options import LISTED, form, function, unbound
+from .options import LISTED, form, function, mesh_in_type, unbound
 
 _GRADIENT = "value_and_grad(loss_fn)"
 

@@ -41,7 +41,11 @@ DECAY = Refusal(
     "1 - decay was passed, or a percentage",
     "with_ema(step, decay=0.999)",
 )
-OF = form("with_ema(of=...)", "of must be a function of the carry", "with_ema(step, of=lambda carry: carry.params)")
+OF = form(
+    "with_ema(of=...)",
+    "of must be a function of the carry",
+    "with_ema(step, decay=0.999, of=lambda carry: carry.params)",
+)
 EMA_STEP = function("with_ema(step, decay=...)", "step", "with_ema(with_optimizer(loss_fn, tx), decay=0.999)")
 
 

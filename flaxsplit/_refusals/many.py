@@ -6,10 +6,10 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from flaxsplit._describe import describe, differences, keyed_leaves, mesh_in_type
+from flaxsplit._describe import describe, differences, keyed_leaves
 from flaxsplit._errors import Explained, Guess, Refusal, SignatureError
 
-from .options import form, function
+from .options import form, function, mesh_in_type
 
 # ---- scan_steps, stack_batches
 

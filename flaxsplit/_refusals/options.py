@@ -5,7 +5,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flaxsplit._describe import ABSENT, Difference, describe
+import jax
+
+from flaxsplit._describe import ABSENT, Difference, describe, is_numeric, shorten
 from flaxsplit._errors import Explained, Guess, Refusal, SignatureError
 
 _ELSE = "something else was passed, or the arguments are in another order"
@@ -44,6 +46,25 @@ def unbound(fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[st
     except TypeError as why:
         return str(why), [*signature.parameters]
     return "", [*signature.parameters]
+
+
+def mesh_in_type(leaf: Any) -> str:
+    """Says the mesh that is part of a leaf's type, where axes are Explicit; nothing for none."""
+    sharding: Any = getattr(jax.typeof(leaf), "sharding", None) if is_numeric(leaf) else None
+    return _mesh(getattr(sharding, "mesh", None))
+
+
+def _mesh(placement: Any) -> str:
+    axes = ", ".join(f"{name}={size}" for name, size in getattr(placement, "shape", {}).items())
+    return axes and f"mesh({axes})"
+
+
+def place_of(placement: Any) -> str:
+    """Says a mesh or a sharding by its axes and devices; the words of JAX differ by version."""
+    mesh = _mesh(placement)
+    devices = list(placement.devices.flat if mesh else placement.device_set)
+    names = ", ".join(shorten(sorted(f"{device.platform}:{device.id}" for device in devices), 4))
+    return f"{mesh} of {names}" if mesh else names
 
 
 _SOWN = re.compile(r"state\['([^']+)'\].*\[\d+\]$")
