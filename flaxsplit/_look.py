@@ -104,7 +104,7 @@ class Look:
         """The optimized HLO; what reads it says what would replace it."""
         return str(self.compiled.as_text() or "")
 
-    @property
+    @cached_property
     def devices(self) -> int:
         """How many devices it is compiled for."""
         return max((len(leaf.place.device_set) for leaf in self.inputs if leaf.place is not None), default=1)

@@ -106,7 +106,8 @@ def _of_any(step: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:
     donated = _inner_donation(bare(closed))
     if donated is not None and donated != own:  # JAX hears of it from the outermost alone
         lower = jax.jit(jaxpr_as_fun(closed), donate_argnums=donated).trace(*given).lower
-    flags = tuple(i in (own if donated is None else donated) for i in range(len(given)))
+    taken = {*(own if donated is None else donated)}
+    flags = tuple(i in taken for i in range(len(given)))
     returned = result([jax.ShapeDtypeStruct(each.shape, each.dtype) for each in traced.out_info])  # jax < 0.7: OutInfo
     return Traced(closed, lower, flags, _named(args, kwargs), returned, donated is not None, is_leaf)
 

@@ -1,5 +1,6 @@
 """A step is looked at before it runs: each planted fault is found by its leaf, and a good step has no finding."""
 
+import cProfile
 import contextlib
 import itertools
 import json
@@ -554,3 +555,12 @@ def test_microbatches_and_rematerialization_show_what_they_save() -> None:
         assert again.memory["temp"] < whole.memory["temp"] / 1.3
         assert again.cost["flops"] > 1.2 * whole.cost["flops"]
     assert all(each.memory["peak"] >= each.memory["temp"] for each in (whole, parts, again))
+
+
+def test_its_work_grows_with_the_leaves_and_not_with_their_square() -> None:
+    def calls(count: int) -> int:
+        carry, profile = {str(i): jnp.float32(i) for i in range(count)}, cProfile.Profile()
+        profile.runcall(fs.explain_step, lambda carry, batch: (carry, jnp.float32(0)), carry, 0.0)
+        return sum(each.callcount for each in profile.getstats())
+
+    assert calls(800) < 2.5 * calls(400)
