@@ -1,7 +1,7 @@
 """A step is looked at before it runs: each planted fault is found by its leaf, and a good step has no finding."""
 
-import cProfile
 import contextlib
+import cProfile
 import itertools
 import json
 import math
