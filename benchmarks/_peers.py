@@ -8,6 +8,7 @@ import inspect
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,7 +28,8 @@ from ._models import Stepper, loss_of
 from ._nets import Layers
 
 GUIDE, TRAIN_STATE, NNX, TREE = "the guide's loop", "TrainState", "nnx.jit", "nnx.jit, tree mode"
-CACHED, PARTIAL, EQUINOX, HAIKU = "nnx.cached_partial", "nnx.jit_partial", "equinox", "haiku"
+CACHED, PARTIAL, SUBSTRAX = "nnx.cached_partial", "nnx.jit_partial", "substrax"
+EQUINOX, HAIKU = "equinox", "haiku"
 BEST = ", donated"
 
 Watch = Callable[[Any], Any]
@@ -327,20 +329,27 @@ def has_tree_mode() -> bool:
 
 
 def of_nnx(task: Task, watch: Watch, name: str = NNX, donate: bool = False) -> Peer:
-    """`nnx.jit` over model and optimizer, in tree mode, or with both bound by `cached_partial` or `jit_partial`."""
+    """`nnx.jit` over model and optimizer, in tree mode, or with both bound by `cached_partial` or `jit_partial`.
+
+    In it NNX's own lines, or the one function of `substrax.spmd` that stands for them.
+    """
     any_nnx: Any = nnx
     mode: Any = {"graph": False} if name in (TREE, PARTIAL) else {}
     tx = task.make_tx()
     takes_model = "model" in inspect.signature(nnx.Optimizer.update).parameters  # flax 0.11
 
     def train_step(model: Any, optimizer: Any, x: Any, y: Any, train: bool = True) -> Any:
-        def loss_fn(model: Any) -> Any:
-            return loss_of(model(x, train), y)
+        def loss_fn(model: Any, batch: Any) -> Any:
+            return loss_of(model(batch[0], train), batch[1])
 
-        loss, grads = any_nnx.value_and_grad(loss_fn, **mode)(model)
+        if name == SUBSTRAX:
+            spmd: Any = import_module("substrax.spmd")
+            loss = spmd.spmd_train_step(model, optimizer, loss_fn, (x, y))
+        else:
+            loss, grads = any_nnx.value_and_grad(loss_fn, **mode)(model, (x, y))
+            optimizer.update(model, grads) if takes_model else optimizer.update(grads)
         if nets.has(task.layers, nets.Sow) and not mode:  # as the documentation of `sow` says: popped, or they pile up
             nnx.pop(model, nets.Sown)
-        optimizer.update(model, grads) if takes_model else optimizer.update(grads)
         return loss
 
     def fresh(module: bool = False, new_tx: bool = False, sharding: Any = None) -> Any:
@@ -515,6 +524,7 @@ PEERS: Mapping[str, Callable[[Task, Watch], Peer]] = {
     TREE + BEST: _nnx(TREE, True),
     CACHED + BEST: _nnx(CACHED, True),
     PARTIAL + BEST: _nnx(PARTIAL, True),
+    SUBSTRAX + BEST: _nnx(SUBSTRAX, True),
     EQUINOX: of_equinox,
     EQUINOX + BEST: _best(of_equinox),
     HAIKU: of_haiku,
@@ -536,6 +546,8 @@ def missing() -> dict[str, str]:
     for name, package in ((EQUINOX, "equinox"), (HAIKU, "haiku")):
         if find_spec(package) is None:
             gone |= dict.fromkeys((name, name + BEST), f"skipped: {package} is not installed")
+    if find_spec("substrax") is None:
+        gone[SUBSTRAX + BEST] = "skipped: substrax is not installed; 0.1.22 takes no jax but 0.11.1"
     if not has_tree_mode():
         gone[TREE + BEST] = f"skipped: flax {flax.__version__} has no tree mode"
     if not hasattr(nnx, "jit_partial"):

@@ -26,6 +26,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
+# No test reads of an XLA instruction in which line of Python it was: to write that down is a twentieth of the run.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+
 # JAX keeps what it traced in caches of many objects; walked less often, they cost a tenth of the run less.
 gc.set_threshold(100_000, 20, 100)
 

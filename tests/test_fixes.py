@@ -1085,14 +1085,13 @@ def values_in(tree: ast.AST) -> dict[str, list[ast.expr]]:
         if isinstance(node, ast.Assign | ast.AugAssign):
             pairs = [(each, node.value) for each in getattr(node, "targets", [getattr(node, "target", None)])]
         elif isinstance(node, ast.FunctionDef):
-            name = ast.Name(node.name)
             returned = [each.value for each in ast.walk(node) if isinstance(each, ast.Return)]
-            pairs = [(name, each.elts[-1] if isinstance(each, ast.Tuple) else each) for each in returned]
+            pairs = [(ast.Name(node.name), each.elts[-1] if isinstance(each, ast.Tuple) else each) for each in returned]
         for target, value in pairs:
             names = target.elts if isinstance(target, ast.Tuple) else [target]
-            values = value.elts if isinstance(value, ast.Tuple) and len(names) > 1 else [value] * len(names)
-            for name, each in zip(names, values, strict=True):
-                found.setdefault(getattr(name, "id", ""), []).append(each)
+            expressions = value.elts if isinstance(value, ast.Tuple) and len(names) > 1 else [value] * len(names)
+            for name, expression in zip(names, expressions, strict=True):
+                found.setdefault(getattr(name, "id", ""), []).append(expression)
     return found
 
 

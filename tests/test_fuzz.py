@@ -37,9 +37,10 @@ import flaxsplit as fs
 from . import strategies as some
 from .drawn_models import BATCH, LANES, Drawn, Dropout, Lanes, Model, NnxModel, Sow, Stack
 from .flags import needs_jit, needs_promotion
+from .meshes import on, told
 from .models import structure
 from .nnx_models import loss_of
-from .test_mesh import assert_close, by_shape, on, told
+from .test_mesh import assert_close, by_shape
 from .test_nnx import leaves_of
 
 # Every state has an average, to see that nothing else touches it.

@@ -27,14 +27,15 @@ jax.distributed.initialize(f"127.0.0.1:{PORT}", COUNT, RANK, coordinator_bind_ad
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import flaxsplit as fs  # noqa: E402
+from tests import meshes  # noqa: E402
 from tests import test_mesh as mesh_tests  # noqa: E402
 from tests.models import MLP, structure  # noqa: E402
 from tests.strategies import OPTIMIZERS  # noqa: E402
 from tests.test_traces import MODELS  # noqa: E402
 
 CHECKED, STEPS = 4, 20
-KINDS = {"Auto": mesh_tests.AUTO, "Explicit": mesh_tests.EXPLICIT}
-LINE, on = mesh_tests.LINE, mesh_tests.on
+KINDS = {"Auto": meshes.AUTO, "Explicit": meshes.EXPLICIT}
+LINE, on = mesh_tests.LINE, meshes.on
 SGD, TX = mesh_tests.SGD, mesh_tests.TX
 BATCH: Any = jax.tree.map(np.asarray, mesh_tests.BATCH)
 STACKED: Any = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), BATCH)
@@ -104,7 +105,7 @@ class Case(NamedTuple):
         """Takes the carry on the mesh through the steps and lists what does not hold."""
         carry, loss = spread(self.single, self.shardings), None
         assert not carry.step.sharding.is_fully_addressable
-        mesh, placement = carry.step.sharding.mesh, mesh_tests.placement(carry)
+        mesh, placement = carry.step.sharding.mesh, meshes.placement(carry)
         batch = fed(STACKED, mesh, 1) if self.scanned else fed(BATCH, mesh)
         step = fs.jit_step(fs.assert_max_traces(self.step), like=carry)
         with fs.compile_log() as log:
@@ -116,33 +117,33 @@ class Case(NamedTuple):
             jax.block_until_ready(carry)
         counts = [log.traces[self.step.__name__], log.compiles[self.step.__name__]]
         found += [f"traces and compiles: {counts}"] if counts != [1, 1] else []
-        return found + (["the placement changed"] if mesh_tests.placement(carry) != placement else [])
+        return found + (["the placement changed"] if meshes.placement(carry) != placement else [])
 
 
 def of_optimizer(name: str, kind: Any) -> Case:
     """BatchNorm, dropout and an average, with one optimizer."""
-    single, mesh = mesh_tests.dropping_carry(OPTIMIZERS[name]), mesh_tests.line(kind)
+    single, mesh = mesh_tests.dropping_carry(OPTIMIZERS[name]), meshes.line(kind)
     step, alone = (mesh_tests.dropping_step(OPTIMIZERS[name], each) for each in (mesh, LINE))
     return Case(step, single, mesh_tests.by_shape(mesh, single), alone)
 
 
 def of_model(name: str, kind: Any) -> Case:
     """One model, with momentum and an average."""
-    mesh, (alone, single) = mesh_tests.line(kind), mesh_tests.averaged(name)
+    mesh, (alone, single) = meshes.line(kind), mesh_tests.averaged(name)
     step, _ = mesh_tests.averaged(name, mesh)
     return Case(step, single, mesh_tests.by_shape(mesh, single), alone)
 
 
 def of_grid(kind: Any) -> Case:
     """A mesh of two axes, with microbatches, and several steps in one dispatch."""
-    single, mesh = mesh_tests.dropping_carry(TX), mesh_tests.grid(kind)
+    single, mesh = mesh_tests.dropping_carry(TX), meshes.grid(kind)
     step, alone = (fs.scan_steps(mesh_tests.dropping_step(TX, each, microbatches=4)) for each in (mesh, LINE))
     return Case(step, single, mesh_tests.PLACES["2-D"](single, kind), alone, scanned=True)
 
 
 def of_shard_map(kind: Any) -> Case:
     """Per-device BatchNorm synced by name, gradients averaged."""
-    mesh = mesh_tests.line(kind)
+    mesh = meshes.line(kind)
     model, whole = MLP(axis_name="data"), MLP(axis_name=None)
     params, state = fs.split_params(whole.init(jax.random.key(0), BATCH[0]))
     single = fs.init_carry(params, state | {"ema": params}, SGD)
@@ -163,7 +164,7 @@ def init_carry() -> list[str]:
     carry = fs.init_carry(params, single.state, TX)
     assert structure(carry) == structure(single)
     moments = (carry.opt_state[0].mu, carry.opt_state[0].nu)
-    found = [] if all(mesh_tests.placement(each) == mesh_tests.placement(params) for each in moments) else ["moments"]
+    found = [] if all(meshes.placement(each) == meshes.placement(params) for each in moments) else ["moments"]
     others = {leaf.sharding for leaf in jax.tree.leaves((carry.step, carry.state, carry.opt_state[0].count))}
     found += [] if others == {on(LINE)} else [f"{others}"]
     return found + wrong(carry, [np.asarray(numbers(leaf)) for leaf in jax.tree.leaves(single)], 0)
