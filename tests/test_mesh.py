@@ -721,9 +721,10 @@ def test_a_carry_that_does_not_lie_on_the_mesh_of_the_batch(carry_place: str) ->
         f"{'placed on another mesh than the batch' if is_half else 'made on one device, and not placed on the mesh'}\n"
         f"  fix: {ONTO}"
     )
-    names = {"carry": carry, "jax": jax, "mesh": mesh, "NamedSharding": NamedSharding, "PartitionSpec": P}
+    names: dict[str, Any] = {"carry": carry, "jax": jax, "mesh": mesh, "NamedSharding": NamedSharding}
+    names["PartitionSpec"] = P
     exec(ONTO, names)  # noqa: S102 (the fix as it is printed)
-    run(fs.with_optimizer(regression, TX), names["carry"], batch)  # type: ignore[arg-type]
+    run(fs.with_optimizer(regression, TX), names["carry"], batch)
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 7), reason="newer JAX places such a batch on every device")
