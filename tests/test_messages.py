@@ -1810,6 +1810,22 @@ def test_a_loss_that_is_differentiated_already(has_aux: bool) -> None:
     """)
 
 
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_params_in_the_place_of_the_new_state(has_aux: Any) -> None:
+    def loss_fn(params: Any, state: Any, batch: Any) -> Any:
+        loss = jnp.sum(params["w"] * batch)
+        return (loss, batch) if has_aux else loss, params
+
+    error = fails(fs.SignatureError, fs.with_optimizer(loss_fn, TX, has_aux=has_aux), one(), jnp.ones(3))
+    assert str(error) == whole(f"""
+    value_and_grad(loss_fn): loss_fn must return a loss and the new state
+      got:
+        a value and params
+      likely cause: params were returned where the new state is due
+      fix: return {"(loss, aux)" if has_aux else "loss"}, new_state
+    """)
+
+
 def test_aux_without_has_aux() -> None:
     step = returning(lambda p, s, b: ((jnp.sum(p["w"]), b), s))
     error = fails(fs.SignatureError, step, one(), X)

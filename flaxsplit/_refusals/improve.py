@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flaxsplit._describe import describe, form_of, is_array, keyed_leaves, same_structure
+from flaxsplit._describe import describe, form_of, is_array, keyed_leaves, same_leaves, same_structure
 from flaxsplit._errors import Explained, Guess, Refusal, SignatureError, UnsyncedStateError, UntouchedStateWarning
 from flaxsplit._upstream import is_about_explicit, is_about_mask, is_about_meshes
 
@@ -102,8 +102,11 @@ def MISRETURNED(result: Any, has_aux: bool, params: Any) -> Explained:  # noqa: 
     """What a loss function returned, which is no loss with a new state."""
     form = "return (loss, aux), new_state" if has_aux else "return loss, new_state"
     if isinstance(result, tuple) and len(result) == 2 and _are_gradients(result[1], params):
-        came, cause = "a value and a tree like params", "loss_fn is differentiated already, by jax.value_and_grad"
-        return _misreturned("a loss and the new state", came, cause, "value_and_grad(loss_fn), with the loss itself")
+        came, cause, fix = "a value and params", "params were returned where the new state is due", form
+        if not same_leaves(result[1], params):
+            came, cause = "a value and a tree like params", "loss_fn is differentiated already, by jax.value_and_grad"
+            fix = "value_and_grad(loss_fn), with the loss itself"
+        return _misreturned("a loss and the new state", came, cause, fix)
     if not isinstance(result, tuple) or len(result) != 2:
         if isinstance(result, tuple) and len(result) > 2:
             cause, form = "aux is beside the loss, not with it", "return (loss, aux), new_state, and has_aux=True"
