@@ -95,9 +95,10 @@ def _pinned(step: Callable[..., Any], like: Any, places: Sequence[Any]) -> Calla
     def pinned(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
         first = result[0] if isinstance(result, tuple) and result else result
-        UNLIKE.unless(same_structure(result, like) or same_structure(first, like), result, like)
+        carry = result if same_structure(result, like) else first
+        UNLIKE.unless(same_structure(carry, like), result, like)
         leaves, treedef = jax.tree.flatten(result)
-        ELSEWHERE.unless(all(map(_reaches, leaves, places)), first, like)
+        ELSEWHERE.unless(all(map(_reaches, leaves, places)), carry, like)
         return jax.tree.unflatten(treedef, [*map(_constrained, leaves, places), *leaves[len(places) :]])
 
     return pinned

@@ -698,6 +698,9 @@ def test_a_carry_on_another_mesh_than_like(kind: AxisType) -> None:
         "  fix: carry = adopt_carry(carry, like)"
     )
     stepped(kind, fs.adopt_carry(carry, like), jax.device_put(BATCH, on(line(kind), "data")))
+    with pytest.raises(fs.SignatureError) as alone:  # a step that returns its carry alone
+        fs.jit_step(lambda carry, batch: carry._replace(step=carry.step + 1), like=like)(carry, ())
+    assert alone.value.leaves == caught.value.leaves
 
 
 APART = "value_and_grad(loss_fn): on a mesh of Explicit axes the carry and the batch must lie on one mesh"

@@ -49,7 +49,7 @@ def unbound(fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[st
 
 
 def mesh_in_type(leaf: Any) -> str:
-    """Says the mesh that is part of a leaf's type, where axes are Explicit; nothing for none."""
+    """Says the mesh that is part of a leaf's type, as where axes are Explicit; nothing for none."""
     sharding: Any = getattr(jax.typeof(leaf), "sharding", None) if is_numeric(leaf) else None
     return _mesh(getattr(sharding, "mesh", None))
 
