@@ -259,6 +259,7 @@ def test_a_checkpoint_moves_to_another_mesh_of_the_other_kind(kind: AxisType) ->
 
 
 def test_linen_as_it_is_on_explicit_axes() -> None:
+    """Nothing wraps the loss, as nothing does on Auto axes in all the tests above."""
     mesh = line(EXPLICIT)
     params, state = fs.split_params(MLP(axis_name=None).init(KEY, X))
 
@@ -391,6 +392,7 @@ def test_blocks_of_rows_would_gather_the_batch(layout: str) -> None:
 
 
 def test_rows_that_leave_a_device_without_some() -> None:
+    """Where axes are Explicit: of Auto ones no type says over how many devices the rows are spread."""
     mesh = line(EXPLICIT)
     batch = jax.device_put((jnp.ones((32, 64)), jnp.ones((32, 8))), on(mesh, "data"))
     carry = fs.init_carry({"a": jnp.ones((64, 4)), "b": jnp.ones((4, 8))}, {}, TX, sharding=on(mesh))
@@ -479,11 +481,12 @@ def test_a_mean_over_a_mapped_axis_that_is_split_is_not_lowered_by_jax() -> None
         mapped.lower(x)
 
 
-def test_a_loss_that_fails_of_itself_is_not_spoken_of() -> None:
+@KINDS
+def test_a_loss_that_fails_of_itself_is_not_spoken_of(kind: AxisType) -> None:
     def loss_fn(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
         raise KeyError("my own")
 
-    carry, batch = laid_out("DP", line(EXPLICIT))
+    carry, batch = laid_out("DP", line(kind))
     with pytest.raises(KeyError, match="my own"):
         fs.with_optimizer(loss_fn, TX)(carry, batch)
 
