@@ -40,12 +40,12 @@ def told(loss_fn: Any, mesh: Mesh) -> Any:
 
 
 def placement(tree: Any) -> list[Any]:
-    """Where every leaf lies. Of Explicit axes JAX writes out that one is not split: `P(None)` for `P()`."""
+    """Where every leaf lies; of Explicit axes JAX writes out that one is not split, `P(None)` for `P()`."""
     return [_short(leaf.sharding) for leaf in jax.tree.leaves(tree)]
 
 
 def _short(place: Any) -> Any:
-    if not isinstance(place, NamedSharding):
+    if not isinstance(place, NamedSharding) or EXPLICIT not in place.mesh.axis_types:
         return place
     spec = [*place.spec]
     while spec and spec[-1] is None:

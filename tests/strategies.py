@@ -17,18 +17,19 @@ from flax.core import DenyList, FrozenDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky, UnsatisfiedAssumption
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks._measure import about
 
 from . import drawn_models as drawn
+from .meshes import AUTO, line, on
 
 Path: TypeAlias = tuple[str, ...]
 Strategy: TypeAlias = st.SearchStrategy[Any]
 Kind: TypeAlias = Callable[[dict[str, Any]], Mapping[str, Any]]
 
-MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-SHARDED = NamedSharding(MESH, PartitionSpec("data"))
+MESH = line(AUTO)
+SHARDED = on(MESH, "data")
 NAMES = ["Dense_0", "kernel", "bias", "a", "ß", "0", "head", "Head"]
 DEEPER = [*NAMES, "params", "batch_stats"]  # right below the collection these read as variables passed by mistake
 COLLECTIONS = ["batch_stats", "cache", "ema", "mine"]

@@ -10,12 +10,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx, serialization
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
 from .flags import needs_donation, needs_jit, needs_x32
+from .meshes import AUTO, EXPLICIT, line, on
 
 pytestmark = [needs_jit, needs_x32]
 PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "cited.md").read_text()
@@ -28,18 +27,13 @@ def mean_square(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
     return ((batch @ params["w"]) ** 2).mean(), state
 
 
-def mesh_of(count: int) -> jax.sharding.Mesh:
-    """Some of the devices, in a row."""
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
-
-
 def compiles(log: fs.CompileLog) -> int:
     """Of every function that was compiled meanwhile and has the loss's name."""
     return log.compiles["mean_square"]
 
 
 def test_maxtext_4174_a_dummy_batch_without_a_sharding_compiles_the_step_once_more() -> None:
-    cut, whole = NamedSharding(mesh_of(2), P("data")), NamedSharding(mesh_of(2), P())
+    cut, whole = on(line(AUTO, 2), "data"), on(line(AUTO, 2))
     dummy, real = np.zeros((8, 4), np.float32), jax.device_put(np.ones((8, 4), np.float32), cut)
     step = fs.with_optimizer(mean_square, TX)
 
@@ -63,17 +57,14 @@ def test_maxtext_4174_a_dummy_batch_without_a_sharding_compiles_the_step_once_mo
 
 
 def test_orbax_2408_a_checkpoint_forgets_that_its_axes_were_explicit() -> None:
-    explicit, auto = (
-        jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
-        for kind in (AxisType.Explicit, AxisType.Auto)
-    )
-    batch = jax.device_put(np.ones((8, 4), np.float32), NamedSharding(explicit, P("data")))
+    explicit, auto = line(EXPLICIT, 2), line(AUTO, 2)
+    batch = jax.device_put(np.ones((8, 4), np.float32), on(explicit, "data"))
     step = fs.with_optimizer(mean_square, TX)
 
     def carry() -> fs.Carry:
-        return fs.init_carry({"w": jnp.ones((4, 2))}, {}, TX, sharding=NamedSharding(explicit, P()))
+        return fs.init_carry({"w": jnp.ones((4, 2))}, {}, TX, sharding=on(explicit))
 
-    restored = jax.device_put(jax.device_get(carry()), NamedSharding(auto, P()))
+    restored = jax.device_put(jax.device_get(carry()), on(auto))
     by_hand = jax.jit(step)
     by_hand(carry(), batch)
     with pytest.raises(Exception, match=r"(?i)mesh"):
@@ -142,7 +133,7 @@ def test_microbatches_keep_the_largest_amax(number: int) -> None:
 
 
 def test_axlearn_993_microbatches_keep_each_device_its_own_rows() -> None:
-    cut, whole = NamedSharding(mesh_of(8), P("data")), NamedSharding(mesh_of(8), P())
+    cut, whole = on(line(AUTO), "data"), on(line(AUTO))
     carry = fs.init_carry({"w": jnp.ones((4, 2))}, {}, TX, sharding=whole)
     batch = jax.ShapeDtypeStruct((64, 4), jnp.float32, sharding=cut)
 

@@ -10,21 +10,19 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
 
 from .flags import needs_jit
+from .meshes import EXPLICIT, line, on
 from .models import X, Y
 
 pytestmark = [
     needs_jit,
     pytest.mark.skipif(jax.__version_info__ < (0, 7), reason="jax-ml/jax#29839: vmap draws on no Explicit axis"),
 ]
-# What runs, runs on two: more wait for each other's collectives on two cores
-MESH = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
-EVERYWHERE, CUT = NamedSharding(MESH, P()), NamedSharding(MESH, P("data"))
+MESH = line(EXPLICIT, 2)
+EVERYWHERE, CUT = on(MESH), on(MESH, "data")
 TX, KEY = optax.adam(1e-2), jax.random.key(0)
 
 
@@ -117,7 +115,7 @@ def test_it_equals_one_device_and_compiles_once(name: str, way: str) -> None:
     step, single = STEPS[name]()
     batch, cut = (X, Y), CUT
     if way == "scan_steps":
-        batch, cut = (jnp.stack([X] * 2), jnp.stack([Y] * 2)), NamedSharding(MESH, P(None, "data"))
+        batch, cut = (jnp.stack([X] * 2), jnp.stack([Y] * 2)), on(MESH, None, "data")
         step = fs.scan_steps(step)
     sharded = fs.adopt_carry(single, jax.tree.map(lambda leaf: _like(leaf), single))
     assert {leaf.sharding for leaf in jax.tree.leaves(sharded)} == {EVERYWHERE}
