@@ -14,10 +14,13 @@ FLAGS ?= JAX_CHECK_TRACER_LEAKS=1 JAX_DEBUG_NANS=1 JAX_ENABLE_X64=1 JAX_NUMPY_RA
 BIN := $(VENV)/bin
 # As many processes as the smallest machine has cores; worksteal, because a few tests compile for much longer than the rest.
 PYTEST := pytest -n 2 --dist worksteal
-# Without those that take whole minutes: `make slow` runs them.
+# Without those that take whole minutes: `make slow` runs them. And without what is exhaustive, for an answer in minutes.
 MOST := -m "not slow"
+FEW := -m "not slow and not exhaustive"
 # pip says by itself what it is doing; only its advice to upgrade itself is left out.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Half of an installation is bytecode of modules that nothing imports. Of this option of pip `no` is what turns it on.
+export PIP_NO_COMPILE := no
 # Where `make versions`, `lowest`, `newest` and `flags` store what passed, if anywhere.
 export RECORD ?=
 NOX := $(BIN)/nox
@@ -41,12 +44,13 @@ demo: $(VENV)/.installed-demo  ## train on handwritten digits
 	$(BIN)/python examples/digits.py
 	@echo "make demo: done"
 
-test: $(VENV)/.installed-test  ## the tests, and every docstring as one
-	$(BIN)/$(PYTEST) -m "not slow and not program"
+test: $(VENV)/.installed-test  ## the tests but for what takes long, and every docstring as one
+	$(BIN)/$(PYTEST) $(FEW)
 	@echo "make test: all tests passed"
 
-slow: $(VENV)/.installed-test  ## the rest: recipes, whole benchmark runs, several processes, long trainings
-	$(BIN)/$(PYTEST) -m "slow or program" tests
+# In CI `make lowest` and `make newest` have run what is exhaustive. By files, since tests of one file share what takes long.
+slow: $(VENV)/.installed-test  ## the rest: recipes, every case, whole benchmark runs, several processes, long trainings
+	$(BIN)/pytest -n 2 --dist loadfile -m "slow$(if $(CI),, or exhaustive)" tests
 	@echo "make slow: all tests passed"
 
 checked: $(VENV)/.installed-test  ## the tests again, every signature checked at run time

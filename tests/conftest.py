@@ -47,10 +47,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 collect_ignore = ["typing", "distributed/law_worker.py"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks docstrings as tests are marked."""
-    from .flags import DOCTESTS  # imports JAX, which reads the variables above
+    """Marks docstrings as tests are marked, and of tests that compile much most cases."""
+    from . import few, flags  # imports JAX, which reads the variables above
 
+    few.mark(items)
     for item in items:
-        if item.name in DOCTESTS:
-            item.add_marker(DOCTESTS[item.name])
+        if item.name in flags.DOCTESTS:
+            item.add_marker(flags.DOCTESTS[item.name])

@@ -39,13 +39,13 @@ needs_defaults = pytest.mark.skipif(
 )
 
 DOCTESTS = {
-    "flaxsplit._carry.adopt_carry": needs_x32,
+    "flaxsplit._adopt.adopt_carry": needs_x32,
     "flaxsplit._explain.explain_step": needs_jit,
     "flaxsplit._nnx.from_nnx": needs_x32,
     "flaxsplit._nnx.to_nnx": needs_x32,
-    "flaxsplit._step.jit_step": needs_x32,
-    "flaxsplit._step.scan_steps": needs_x32,
-    "flaxsplit._step.with_ema": needs_x32,
+    "flaxsplit._jit.jit_step": needs_x32,
+    "flaxsplit._scan.scan_steps": needs_x32,
+    "flaxsplit._ema.with_ema": needs_x32,
     "flaxsplit._traces.assert_max_traces": needs_jit,
     "flaxsplit._traces.compile_log": needs_jit,
 }

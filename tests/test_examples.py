@@ -18,7 +18,7 @@ def example(name: str, *options: str) -> "subprocess.CompletedProcess[str]":
 ENVIRONMENT = {"PATH": "", "PYTHONPATH": ":".join(filter(None, sys.path)), "JAX_PLATFORMS": "cpu"}
 
 
-@pytest.mark.program
+@pytest.mark.exhaustive
 def test_six_ways_over_eight_devices_are_one_training() -> None:
     done = example("sharding")
     assert done.returncode == 0, done.stdout + done.stderr

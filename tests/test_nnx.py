@@ -18,7 +18,7 @@ from flaxsplit._paths import flatten
 
 from . import nnx_models as m
 from .flags import ONCE, needs_x32
-from .models import structure
+from .models import numbers, structure
 
 STEPS = 20
 ADAM = optax.adam(1e-2)
@@ -33,11 +33,6 @@ def leaves_of(model: nnx.Module) -> dict[str, Any]:
     """The arrays of a module by path, keys as numbers."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(nnx.state(model))
     return {jax.tree_util.keystr(path): numbers(leaf) for path, leaf in pairs}
-
-
-def numbers(leaf: Any) -> Any:
-    typed = jnp.issubdtype(jax.typeof(leaf).dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(leaf) if typed else leaf)
 
 
 def assert_equal(left: Any, right: Any) -> None:

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.py"))
 
 
-@pytest.mark.program
+@pytest.mark.exhaustive
 @needs_jit
 @needs_x32
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

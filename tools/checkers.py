@@ -7,7 +7,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -40,7 +39,7 @@ class Setting(NamedTuple):
 def run_mypy(folder: pathlib.Path, setting: Setting) -> set[Finding]:
     """Runs `mypy --strict` under the settings of the project."""
     options = ["--strict", "--output=json", "--config-file", str(ROOT / "pyproject.toml")]
-    options += ["--python-executable", setting.python, f"--cache-dir={tempfile.mkdtemp(dir=folder)}"]
+    options += ["--python-executable", setting.python, f"--cache-dir={folder / '.mypy_cache'}"]
     env = os.environ | {"MYPYPATH": str(setting.stubs or "")}
     command = [sys.executable, "-m", "mypy", *options, *READ]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)

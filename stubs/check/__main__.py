@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -63,12 +64,12 @@ def check_running() -> list[str]:
 
 
 def main() -> int:
-    failed = False
-    for check in (check_mypy, check_pyright, check_stubtest, check_running):
-        found = check()
-        failed = failed or bool(found)
-        print(f"{check.__name__}: {'passed' if not found else 'failed'}", *found, sep="\n  ")
-    return int(failed)
+    checks = (check_stubtest, check_mypy, check_pyright, check_running)
+    with ThreadPoolExecutor(2) as beside:
+        found = [done.result() for done in [beside.submit(check) for check in checks]]
+    for check, each in zip(checks, found, strict=True):
+        print(f"{check.__name__}: {'passed' if not each else 'failed'}", *each, sep="\n  ")
+    return int(any(found))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ class Running:
     """A process whose output goes to a file: a pipe that nobody reads would stop it."""
 
     def __init__(self, arguments: list[str], log: pathlib.Path, devices: int) -> None:
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        flags = re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"])
         environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
         self.log = log
         with log.open("w") as file:
