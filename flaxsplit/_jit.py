@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, Sharding, SingleDeviceSharding
 from ._axes import place_in_type
 from ._checks import checked, is_function
 from ._describe import describe, is_array, is_numeric, keyed_leaves, same_structure
-from ._refusals.many import ELSEWHERE, JIT_STEP, LIKE, PLACES, SECOND, UNDIVIDED, UNLIKE
+from ._refusals.many import ELSEWHERE, JIT_STEP, LIKE, ON_ONE, PLACES, SECOND, UNDIVIDED, UNLIKE
 from ._types import JittedStep
 from ._unplaced import split_inside
 from ._upstream import reshard
@@ -52,8 +52,8 @@ def jit_step(step: Callable[P, R], *, like: Any = None, batch: Any = None, donat
         The compiled step.
 
     Raises:
-        SignatureError: a leaf of `like` has no sharding, or the step returns another kind of carry; or the mesh axes of
-            `batch` do not divide a leaf of the batch.
+        SignatureError: a leaf of `like` has no sharding, or lies on other devices than the step runs on; the step
+            returns another kind of carry; or the mesh axes of `batch` do not divide a leaf of the batch.
     """
     JIT_STEP.unless(is_function(step), step=step)
     PLACES.unless_all(_is_sharding, batch, "batch")
@@ -66,6 +66,8 @@ def jit_step(step: Callable[P, R], *, like: Any = None, batch: Any = None, donat
     LIKE.unless_all(_is_placed_or_number if chosen else _is_placed, like, "like")
     only = chosen.pop() if len(chosen) == 1 else None
     pinned: Any = {"out_shardings": only} if isinstance(only, SingleDeviceSharding) else {}
+    if pinned:
+        body = _on_one(body, like)
     if pinned and not _takes_names(step):
         pinned["in_shardings"] = only
     return cast(JittedStep[P, R], jax.jit(_pinned(body, like, places), donate_argnums=donated, **pinned))
@@ -102,6 +104,19 @@ def _pinned(step: Callable[..., Any], like: Any, places: Sequence[Any]) -> Calla
         return jax.tree.unflatten(treedef, [*map(_constrained, leaves, places), *leaves[len(places) :]])
 
     return pinned
+
+
+def _on_one(step: Callable[..., Any], like: Any) -> Callable[..., Any]:
+    """The step, which takes and gives nothing that is on several devices, since like is on one."""
+
+    @wraps(step)
+    def on_one(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        spread = [leaf for leaf in jax.tree.leaves((args, kwargs, result)) if _is_spread(leaf)]
+        ON_ONE.unless(not spread, like, spread)
+        return result
+
+    return on_one
 
 
 def _cut(step: Callable[..., Any], places: Any) -> Callable[..., Any]:
@@ -148,6 +163,10 @@ def _reaches(leaf: Any, place: Any) -> bool:
         return True
     mesh = place_in_type(leaf).mesh
     return bool(mesh.empty or mesh.size == place.mesh.size)
+
+
+def _is_spread(leaf: Any) -> bool:
+    return is_array(leaf) and bool(place_in_type(leaf).mesh.size > 1)
 
 
 def _is_sharding(place: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from ._checks import is_function, two_of
 from ._describe import kind_of
 from ._flow import Flow
 from ._paths import entry_name
-from ._refusals.explain import AS_STEP, CALL, CARRY, STEP
+from ._refusals.look import APART, AS_STEP, CALL, CARRY, STEP
 from ._refusals.options import unbound
 from ._tally import constants
 from ._tracing import Traced, is_equinox, is_input, is_jit, is_shaped, trace_of
@@ -120,7 +120,7 @@ def look_at(step: Any, carry: Any, batch: Any, args: Any, kwargs: Any) -> Look:
     traced = trace_of(step, (carry, batch, *args), kwargs)
     two_of(traced.result, "explain_step(step)", "(carry, out)", AS_STEP)
     between = time.perf_counter()
-    compiled = _compiled(traced.lower)
+    compiled = _compiled(traced)
     return _look(step, carry, traced, compiled, (between - begin, time.perf_counter() - between))
 
 
@@ -131,10 +131,13 @@ def _check_carry(step: Any, carry: Any) -> None:
         CARRY.unless_all(is_input, carry, "carry")
 
 
-def _compiled(lower: Callable[[], Any]) -> Any:
+def _compiled(traced: Traced) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of buffers that cannot be reused: that is a finding
-        return lower().compile()
+        try:
+            return traced.lower().compile()
+        except ValueError as error:
+            APART.instead_of(error, error, traced.named)
 
 
 def _look(step: Any, carry: Any, traced: Traced, compiled: Any, seconds: tuple[float, float]) -> Look:

@@ -45,6 +45,11 @@ def is_about_meshes(error: Exception) -> bool:
     return isinstance(error, ValueError) and str(error).startswith("Mesh for all inputs should be equal")
 
 
+def is_about_devices(error: Exception) -> bool:
+    """Whether what a program takes was put on other devices than the program, or the rest of it, runs on."""
+    return isinstance(error, ValueError) and "incompatible devices" in str(error)
+
+
 def is_about_mask(error: Exception) -> bool:
     """Whether the choice between two arrays lies elsewhere than they do."""
     return str(error).startswith("select ")

@@ -55,6 +55,27 @@ def test_each_device_computes_its_share_of_a_host_batch(kind: AxisType, microbat
 
 
 @KINDS
+def test_every_axis_of_a_leaf_may_be_named(kind: AxisType) -> None:
+    """Also the only one, as of labels."""
+
+    def step(carry: Any, batch: Any) -> Any:
+        return carry + batch.sum(), batch * 2
+
+    mesh = line(kind, 2)
+    carry = jax.device_put(jnp.zeros(()), NamedSharding(mesh, P()))
+    _, out = fs.jit_step(step, batch=NamedSharding(mesh, P("data")))(carry, np.arange(4.0, dtype=np.float32))
+    assert out.sharding.shard_shape(out.shape) == (2,)
+
+
+@KINDS
+def test_a_mesh_of_one_device_is_that_device(kind: AxisType) -> None:
+    mesh = line(kind, 1)
+    carry, batch = (jax.device_put(jnp.zeros(2), place) for place in (jax.devices()[0], NamedSharding(mesh, P())))
+    step: Any = fs.jit_step(lambda carry, batch: (carry + 1, batch), like=carry)
+    assert step(carry, batch)[0].tolist() == [1, 1]
+
+
+@KINDS
 def test_the_log_says_that_a_batch_is_whole_on_every_device(kind: AxisType, capfd: Any) -> None:
     """Nobody else notices. It says nothing of what was placed, whole or split, and of a single device."""
     if kind is EXPLICIT and jax.__version_info__ < (0, 7):

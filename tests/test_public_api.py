@@ -81,7 +81,7 @@ _LINES = (
     "_types _describe _wraps _paths _upstream _caller _again _context _errors",
     "_refusals.options _refusals.apart _refusals.run _refusals.upstream _refusals.apply _refusals.linear",
     "_refusals.lanes _refusals.carry _refusals.adopt _refusals.improve _refusals.update _refusals.keep",
-    "_refusals.many _refusals.watch _refusals.explain _refusals.nnx",
+    "_refusals.many _refusals.watch _refusals.look _refusals.explain _refusals.nnx",
     "_checks _declared _axes _filters _split _jaxprs _linear _lost _untouched _mutable _rngs _lanes _vmap _settle",
     "_place _drift _carry _adopt _microbatches _gradient _update _finite _ema _scan _unplaced _jit _traces",
     "_values _flow _tally _compiled _tracing _look _find_leaves _find_state _find_work _report _explain",

@@ -1,31 +1,6 @@
-"""Words of `explain_step`: its refusals, and for each kind of finding what it is, the likely cause and the fix."""
+"""Words of `explain_step`: for each kind of finding what it is, the likely cause and the fix."""
 
 from typing import NamedTuple
-
-from flaxsplit._errors import Refusal, SignatureError
-
-from .options import form
-
-STEP = form(
-    "explain_step(step)",
-    "step must be a function (carry, batch, ...) -> (carry, out), jitted or not, and no module or class",
-    "explain_step(step, carry, batch)",
-)
-CARRY = Refusal(
-    SignatureError,
-    "explain_step(carry)",
-    "carry must be a tree of arrays, numbers or jax.ShapeDtypeStruct",
-    "objects or strings are in the carry, or the arguments are in another order",
-    "explain_step(step, carry, batch)",
-)
-AS_STEP = "def as_step(carry, batch): *new, out = step(*carry, batch); return tuple(new), out"
-CALL = Refusal(
-    SignatureError,
-    "explain_step(step)",
-    "step must take and return one carry: step(carry, batch) -> (carry, out)",
-    "what the step threads comes and goes as several arguments, or one is missing",
-    AS_STEP,
-)
 
 
 class Kind(NamedTuple):

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from flaxsplit._describe import describe, differences, keyed_leaves
+from flaxsplit._describe import describe, differences, is_array, keyed_leaves
 from flaxsplit._errors import Explained, Guess, Refusal, SignatureError
 
-from .options import form, function, mesh_in_type
+from .options import form, function, mesh_in_type, place_of
 
 # ---- scan_steps, stack_batches
 
@@ -78,6 +78,21 @@ def ELSEWHERE(carry: Any, like: Any) -> Explained:  # noqa: N802
     pairs = zip(keyed_leaves(carry, "carry").items(), jax.tree.leaves(like), strict=False)
     both = ((path, describe(leaf), mesh_in_type(leaf), mesh_in_type(goal)) for (path, leaf), goal in pairs)
     return _ELSEWHERE(*(f"{path}: {leaf}, {mesh} -> {goal}" for path, leaf, mesh, goal in both if mesh))
+
+
+_ON_ONE = _ELSEWHERE.but(
+    required="like must lie on the mesh that the step runs on (like -> the step)",
+    cause="the carry was made for one device; the batch, or a shard_map in the step, is on a mesh",
+    fix="init_carry(params, state, tx, sharding=NamedSharding(mesh, PartitionSpec()))",
+)
+
+
+@Guess
+def ON_ONE(like: Any, spread: list[Any]) -> Explained:  # noqa: N802
+    """A carry on one device for a step on several: JAX speaks of the sharding that `like` stands for."""
+    meshes = ", ".join(sorted({mesh_in_type(leaf) for leaf in spread}))
+    named = ((path, leaf) for path, leaf in keyed_leaves(like, "like").items() if is_array(leaf))
+    return _ON_ONE(*(f"{path}: {describe(leaf)}, {place_of(leaf.sharding)} -> {meshes}" for path, leaf in named))
 
 
 PLACES = Refusal(
