@@ -94,7 +94,7 @@ def _opened(tree: Any) -> Any:
 def _laid_out(restored: Any, like: Any) -> dict[Place, Held]:
     """What was restored, by the paths of a carry: a `TrainState` has collections beside its params, and no state."""
     held = _by_path(restored)
-    if not isinstance(like, Carry) or any(place[:1] == ("state",) for place in held):
+    if not isinstance(like, Carry):
         return held
     own = [(), *((name,) for name in Carry._fields)]
     return {place if place[:1] in own else ("state", *place): each for place, each in held.items()}
@@ -129,13 +129,12 @@ def _matched(
 
 def _moved(held: Mapping[Place, Held], wanted: Mapping[Place, Held]) -> dict[Place, Held]:
     """Puts what was restored where it is wanted: params that are frozen now or no longer, a tx that was wrapped."""
-    split = {place: place[1:] if place[:2] == ("state", "params") else ("state", *place) for place in held}
     other = {
-        goal: held[place]
-        for place, goal in split.items()
-        if goal in wanted and goal not in held and "params" in (*place[:1], *goal[:1])
+        place[1:] if place[0] == "state" else ("state", *place): each
+        for place, each in held.items()
+        if "params" in place[:2]
     }
-    return {**held, **other, **_rehung(_under(("opt_state",), held), _under(("opt_state",), wanted))}
+    return {**other, **held, **_rehung(_under(("opt_state",), held), _under(("opt_state",), wanted))}
 
 
 def _rehung(old: Mapping[Place, Held], new: Mapping[Place, Held]) -> dict[Place, Held]:

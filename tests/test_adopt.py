@@ -331,3 +331,20 @@ def test_what_a_step_says_of_an_average_or_an_optimizer_of_other_params_keeps_th
     wrapped = eval(fix, {**vars(fs), "carry": carry, "tx": tx})  # noqa: S307
     assert_equal(wrapped.opt_state[1], carry.opt_state)
     assert int(wrapped.step) == 3
+
+
+@pytest.mark.parametrize("end", ["min", "max"])
+def test_a_count_is_adopted_as_long_as_it_fits(end: str) -> None:
+    like: Any = fs.init_carry({"w": jnp.ones(2)}, {}, TX)
+    limit = int(getattr(np.iinfo(np.int32), end))
+    assert int(fs.adopt_carry(like._replace(step=np.int64(limit)), like).step) == limit
+    with pytest.raises(fs.SignatureError, match=r"carry\.step"):
+        fs.adopt_carry(like._replace(step=np.int64(limit + (1 if end == "max" else -1))), like)
+
+
+def test_an_optimizer_of_another_model_is_not_hung_elsewhere() -> None:
+    """Of one structure, but of other shapes: the moments stay where they are asked for."""
+    wide = fs.init_carry({"w": jnp.ones(3)}, {}, TX)
+    like = fs.init_carry({"w": jnp.ones(2)}, {}, optax.chain(optax.clip(1.0), optax.adam(1e-2)))
+    adopted = fs.adopt_carry(wide._replace(params=like.params), like, strict=False)
+    assert_equal(adopted.opt_state, like.opt_state)

@@ -1,6 +1,7 @@
 """Between the gradient and the optimizer, as users go there: unusual calls work, wrong ones end in words of ours."""
 
 import dataclasses
+import inspect
 import pathlib
 from typing import Any, NamedTuple
 
@@ -200,6 +201,85 @@ def test_names_among_what_is_stacked() -> None:
       likely cause: names, records or objects are returned beside arrays
       fix: return arrays and numbers alone; what does not change belongs outside the step
     """)
+
+
+def test_a_gradient_function_has_the_name_and_the_signature_of_the_loss() -> None:
+    made: Any = fs.value_and_grad(loss_fn)
+    assert made.__name__ == "loss_fn"
+    assert inspect.signature(made).parameters == inspect.signature(loss_fn).parameters
+
+
+def test_state_of_a_gradient_function_that_a_loss_drops_is_told() -> None:
+    """As of any stateful function: in a loss that differentiates another one, such as MAML's."""
+    inner = fs.value_and_grad(counting)
+
+    def outer(params: Any, state: Any, batch: Any) -> Any:
+        (_, grads), _ = inner(params, state, batch)
+        return loss_fn(jax.tree.map(lambda w, g: w - 0.1 * g, params, grads), state, batch)
+
+    with pytest.warns(fs.DroppedStateWarning, match=r"state\['n'\]\['c'\]"):
+        fs.value_and_grad(outer)(PARAMS, {"n": {"c": jnp.int32(0)}}, BATCH)
+
+
+@pytest.mark.parametrize("grads", [{}, {"w": jnp.ones(4)}, {"w": jnp.ones(3), "b": jnp.ones(3)}])
+def test_gradients_that_are_not_like_the_params(grads: Any) -> None:
+    error = fails(fs.SignatureError, fs.apply_gradients, ADAM, carried(), grads, {})
+    assert error.leaves[0].startswith("grads['b']" if "b" in grads else "grads['w']")
+    assert error.required.startswith("grads must have the structure and shapes of carry.params")
+
+
+def test_the_optimizer_is_given_the_loss_without_its_aux() -> None:
+    def update(updates: Any, state: Any, params: Any = None, *, value: Any) -> Any:
+        del state, params
+        return updates, value
+
+    def with_aux(params: Any, state: Any, batch: Any) -> Any:
+        loss, state = loss_fn(params, state, batch)
+        return (loss, 7.0), state
+
+    extra_args: Any = optax.GradientTransformationExtraArgs
+    tx = extra_args(lambda _: jnp.float32(0), update)
+    carry, (loss, _) = fs.with_optimizer(with_aux, tx, has_aux=True)(carried(tx), BATCH)
+    assert float(carry.opt_state) == float(loss) != 7.0
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_an_average_is_due_every_so_many_steps(every: int) -> None:
+    step = fs.with_ema(fs.with_optimizer(loss_fn, ADAM), decay=0.5, every=every)
+    carry, expected, seen = carried(ema=PARAMS), PARAMS["w"], 0
+    for i in range(1, 5):
+        before, (carry, _) = carry.state["ema"]["w"], step(carry, BATCH)
+        if i % every == 0:
+            expected, seen = 0.5 * expected + 0.5 * carry.params["w"], seen + 1
+        assert bool((carry.state["ema"]["w"] == before).all()) == (i % every != 0)
+        np.testing.assert_allclose(carry.state["ema"]["w"], expected, rtol=1e-6)
+    assert seen == 4 // every
+    branches = "cond" in str(jax.make_jaxpr(step)(carry, BATCH))
+    assert branches == (every > 1)  # each step an average: no instruction to choose
+
+
+def test_what_has_no_signature_can_be_compiled_like_a_carry() -> None:
+    fs.jit_step(max, like=jnp.float32(0))  # a builtin: ValueError
+
+    class Odd:
+        """What `inspect` calls no signature: TypeError."""
+
+        __name__, __signature__ = "odd", 3
+
+        def __call__(self, carry: Any, batch: Any) -> Any:
+            return carry + batch
+
+    zero = jax.device_put(jnp.float32(0), jax.devices()[0])
+    jitted = fs.jit_step(Odd(), like=zero, donate=False)
+    with fs.compile_log() as log:
+        for batch in (jnp.float32(1), jax.device_put(jnp.float32(1), jax.devices()[0])):
+            assert float(jitted(zero, batch)) == 1.0
+    assert log.compiles["odd"] == 1  # all arguments are pinned: whether one is committed makes no other program
+
+
+def test_like_with_what_lives_nowhere() -> None:
+    error = fails(fs.SignatureError, fs.jit_step, loss_fn, like={"w": jnp.ones(2), "name": "adam"})
+    assert error.leaves == ("like['name']: str",)
 
 
 def test_a_list_from_the_loss() -> None:

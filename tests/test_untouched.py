@@ -144,6 +144,10 @@ def test_naming_what_is_written_says_that_the_rest_stays(model: Any, mutable: An
     fs.with_mutable(model, mutable=mutable)(PARAMS, STATE, X)
 
 
+def test_all_is_no_name() -> None:
+    assert told(fs.with_mutable(Two(("body",)), mutable=True), PARAMS, STATE, X) == at_layers("body")
+
+
 def test_a_part_of_a_model_that_a_method_does_not_run_is_no_mistake() -> None:
     class Coder(nn.Module):
         def setup(self) -> None:

@@ -3,7 +3,7 @@
 A mutant that none of them fails on has survived. Then a test is missing, or `tests/survivors.toml` says why the change
 is none that anybody could see. What came out is stored in `tests/results/mutants.json`, from which `tools/trust.py`
 tells; a mutant that is stored is tried again by `--again` only. Which tests reach which line, and how long each takes,
-is learned by running all of them once with coverage, into `build/mutants`; `--fresh` learns it anew.
+is learned by running those of `make test` once with coverage, into `build/mutants`; `--fresh` learns it anew.
 """
 
 import argparse
@@ -190,12 +190,13 @@ def enclosing(tree: ast.Module, line: int) -> tuple[range, str]:
 
 
 def learn() -> None:
-    """Runs all tests once, with coverage."""
+    """Runs the tests that answer in minutes once, with coverage: no others fit into the seconds of a mutant."""
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     (WORK / "coveragerc").write_text("[run]\nsource = flaxsplit\nparallel = true\n")
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", f"--junitxml={WORK}/times.xml"]
-    command += ["--cov", f"--cov-config={WORK}/coveragerc", "--cov-context=test", "--cov-report="]
+    command += ["-m", "not slow and not exhaustive", f"--cov-config={WORK}/coveragerc"]
+    command += ["--cov", "--cov-context=test", "--cov-report="]
     environment = {**os.environ, "COVERAGE_FILE": str(WORK / ".coverage"), "FUZZ_SECONDS": "4"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
