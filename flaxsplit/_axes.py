@@ -95,8 +95,7 @@ def _pcast(leaf: Any, names: tuple[str, ...]) -> Any:
 def place_along(leaf: Any, axis: int) -> NamedSharding | None:
     """Where one axis of a leaf lies, if its type says so, as the place of an array with that axis alone."""
     sharding = place_in_type(leaf)
-    spec = (*getattr(sharding, "spec", ()),)
-    entry = spec[axis] if -len(spec) <= axis < len(spec) else None
+    entry = sharding.spec[axis] if len(sharding.spec) else None  # of every axis one, but for a scalar
     return None if entry is None else NamedSharding(sharding.mesh, PartitionSpec(entry))
 
 

@@ -32,7 +32,7 @@ class Line(NamedTuple):
 
 def caller() -> Line:
     """The innermost line that belongs to none of the libraries that call each other here."""
-    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    frame = sys._getframe()  # pyright: ignore[reportPrivateUsage]
     while frame.f_back and is_between(frame.f_globals):
         frame = frame.f_back
     return Line(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)

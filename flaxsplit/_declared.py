@@ -138,7 +138,7 @@ def _arrays_in(path: str, hint: Any, value: Any) -> Iterator[Declared]:
         for name, each in value.items():
             yield from _arrays_in(f"{path}[{name!r}]", args[1], each)
     elif isinstance(value, tuple | list) and typing.get_origin(hint) in (tuple, list):
-        parts = [args[0]] * len(value) if len(args) == 1 or args[-1] is ... else args
+        parts = args[:1] * len(value) if args[1:] in ((), (...,)) else args
         for i, (part, each) in enumerate(zip(parts, value, strict=False)):
             yield from _arrays_in(f"{path}[{i}]", part, each)
     elif len(shapes := [each for each in args if _is_shape(each)]) == 1:  # of a union, with None or a number

@@ -36,13 +36,12 @@ class Lanes(NamedTuple):
 
 
 def lanes_of(operands: Mapping[str, tuple[Any, Any]], count: int | None) -> Lanes:
-    """The one size of all mapped axes, if it is not given. `operands` are trees and their axes, by name."""
+    """The one size of all mapped axes, or that which is given. `operands` are trees and their axes, by name."""
     mapped = [leaf for name, (tree, prefix) in operands.items() for leaf in _mapped_leaves(name, tree, prefix)]
-    sizes = {_size_along(leaf, axis) for _, leaf, axis in mapped}
-    if not count:
-        SIZES.unless(len(sizes) == 1 and None not in sizes, [(*each, _size_along(*each[1:])) for each in mapped])
+    sizes = {_size_along(leaf, axis) for _, leaf, axis in mapped} | ({count} if count else set())
+    SIZES.unless(len(sizes) == 1 and None not in sizes, [(*each, _size_along(*each[1:])) for each in mapped], count)
     places = (place_along(leaf, axis) for _, leaf, axis in mapped)
-    return Lanes(count or int(sizes.pop() or 0), next((place for place in places if place), None))
+    return Lanes(int(sizes.pop() or 0), next((place for place in places if place), None))
 
 
 def lane_keys(rngs: tuple[Any, ...], split: bool | Mapping[str, bool], lanes: Lanes) -> tuple[Any, Any]:

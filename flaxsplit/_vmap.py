@@ -55,7 +55,7 @@ def vmap_stateful(
         params_axes: axes of the params, for ensembles; shared by default.
         state_axes: `{collection: axes}`, as `variable_axes` of `nn.vmap`; collections without an axis are shared.
         split_rngs: whether lanes draw different keys, for all streams or by stream.
-        axis_size: the number of lanes, if no argument has it.
+        axis_size: the number of lanes, if no argument has it; one that has must agree.
         spmd_axis_name: as in `jax.vmap`.
 
     Returns:
@@ -63,7 +63,7 @@ def vmap_stateful(
 
     Raises:
         UnsyncedStateError: a shared leaf came out different per lane; the message names it.
-        SignatureError: batch sizes differ, nothing is mapped, or `axis_name` is bound already.
+        SignatureError: sizes of mapped axes differ, nothing is mapped, or `axis_name` is bound already.
         CollectionError: `state_axes` or `split_rngs` names a collection or stream that is not there.
 
     As `jax.vmap`, but it treats params, state and rngs each in its own way.

@@ -1,8 +1,9 @@
 """Shapes that users declare with jaxtyping: one size for each name, and one `batch` in a loss and its models."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Generic, NamedTuple, TypedDict, TypeVar
 
 import flax.linen as nn
 import jax
@@ -46,6 +47,14 @@ class Named(TypedDict):
 class Record:
     x: Float[Array, "batch dim"]
     y: Int[Array, " batch"]
+
+
+T = TypeVar("T")
+
+
+class Pair(NamedTuple, Generic[T]):
+    first: T
+    second: T
 
 
 def loss_of(rows: slice) -> Any:
@@ -203,6 +212,32 @@ def test_what_declares_nothing_is_left_as_it_is() -> None:
     for each in (loss_fn, unknown):
         assert _declared.declaring(each, "f") is each
     assert fs.value_and_grad(sums)({"w": jnp.ones(())}, {}, jnp.ones(3))[0][0] == 1  # `more` is not known
+
+
+UNKNOWN: Any = dataclasses.make_dataclass("Unknown", [("first", "KnownToCheckersAlone")])
+
+
+@pytest.mark.parametrize(
+    ("hint", "value"),
+    [
+        (tuple[()], ()),
+        (Pair[Array], Pair(jnp.ones(2), jnp.ones(3))),
+        (UNKNOWN, (jnp.ones(2),)),
+        (Batch, (jnp.ones((8, 3)), jnp.ones(7))),
+        (Named, {"x": jnp.ones((3, 4))}),
+    ],
+)
+def test_what_is_not_declared_or_of_another_form_is_not_looked_at(hint: Any, value: Any) -> None:
+    def loss_fn(params: Any, state: Any, batch: Any, other: Any) -> Any:
+        del other
+        return params["w"] * batch.sum(), state
+
+    loss_fn.__annotations__ |= {"batch": Float[Array, " batch"], "other": hint}
+    assert fs.value_and_grad(loss_fn)({"w": jnp.ones(())}, {}, jnp.ones(3), value)[0][0] == 3
+
+
+def test_a_function_that_is_looked_at_keeps_its_signature() -> None:
+    assert [*inspect.signature(fs.with_mutable(Net())).parameters] == ["params", "state", "x", "mask"]
 
 
 def test_a_class_that_is_a_field_of_itself() -> None:

@@ -139,8 +139,9 @@ def _like(leaf: jax.Array) -> jax.ShapeDtypeStruct:
 
 @pytest.mark.parametrize("key", [KEY, jax.random.PRNGKey(0)], ids=["typed", "legacy"])
 @pytest.mark.parametrize("where", ["traced", "eager"])
-def test_lanes_draw_what_they_draw_on_one_device(key: jax.Array, where: str) -> None:
-    apply: Any = fs.with_rngs(fs.vmap_stateful(fs.with_mutable(nn.Dropout(0.5, deterministic=False))))
+@pytest.mark.parametrize("axis", [0, -2])
+def test_lanes_draw_what_they_draw_on_one_device(key: jax.Array, where: str, axis: int) -> None:
+    apply: Any = fs.with_rngs(fs.vmap_stateful(fs.with_mutable(nn.Dropout(0.5, deterministic=False)), in_axes=axis))
     state, x = fs.rng_state(dropout=key), jnp.ones((8, 16))
     expected, _ = apply({}, state, x)
     run = jax.jit(apply) if where == "traced" else apply

@@ -15,7 +15,7 @@ import flaxsplit as fs
 
 from .flags import needs_jit, needs_x32
 from .meshes import KINDS, line
-from .models import structure
+from .models import numbers, structure
 
 # Every carry has an average, to see that a step not taken leaves it.
 pytestmark = [needs_jit, pytest.mark.filterwarnings("ignore:with_optimizer:flaxsplit.UntouchedStateWarning")]
@@ -54,17 +54,11 @@ def start(sharding: Any = None) -> fs.Carry:
     return fs.init_carry(params, state, TX, sharding=sharding)
 
 
-def data_of(leaf: Any) -> Any:
-    """A leaf as numbers."""
-    is_key = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(leaf) if is_key else leaf
-
-
 def assert_equal(left: Any, right: Any, rtol: float = 0.0) -> None:
     """Compares two trees, keys by their data: bit for bit, or as far as XLA rounds what it fuses in another way."""
     assert structure(left) == structure(right)
     close: Any = {"rtol": rtol, "atol": rtol / 10}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(data_of(a), data_of(b), **close), left, right)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(numbers(a), numbers(b), **close), left, right)
 
 
 def without_keys(carry: fs.Carry) -> Any:
@@ -234,6 +228,22 @@ def test_the_guard_costs_a_few_instructions_for_each_leaf() -> None:
     bare, guarded = (sum(" = " in line for line in text.splitlines()) for text in texts)
     leaves = len(jax.tree.leaves(carry))
     assert guarded - bare < 20 * leaves  # one flag for all: worked out for each leaf it would be their square
+
+
+@pytest.mark.parametrize(("weight", "loss", "taken"), [(1.0, jnp.nan, 0), (jnp.inf, 1.0, 0), (1.0, 1.0, 1), (2, 3, 1)])
+def test_the_loss_and_the_carry_are_looked_at(weight: float, loss: float, taken: int) -> None:
+    """Whole numbers are finite."""
+
+    def set_weight(carry: fs.Carry, batch: Any) -> tuple[fs.Carry, jax.Array]:
+        del batch
+        new = jnp.full_like(carry.params["w"], weight)
+        return carry._replace(step=carry.step + 1, params={"w": new}), jnp.asarray(loss)
+
+    step = fs.skip_nonfinite(set_weight)
+    carry, out = step(fs.init_carry({"w": jnp.asarray(type(weight)(0))}, {}, optax.identity()), None)
+    assert (int(carry.step), float(carry.params["w"])) == (taken, weight if taken else 0)
+    np.testing.assert_equal(np.asarray(out), loss)
+    assert step.__name__ == "set_weight"
 
 
 def test_what_it_refuses() -> None:

@@ -415,6 +415,11 @@ CASES = (
         "FIX0\nvmap_stateful(inner, in_axes=None, FIX18)(params, state, x)",
     ),
     Case(
+        "fn = lambda params, state, x: (x, state)\nvmap_stateful(fn, axis_size=3)({}, {}, x)",
+        "in_axes=None",
+        "vmap_stateful(fn, axis_size=3, FIX)({}, {}, x)\nvmap_stateful(fn)({}, {}, x)",
+    ),
+    Case(
         "fn = with_mutable(synced)\nvmap_stateful(fn, in_axes=(None, None, 0))(params, state, x)",
         "vmap_stateful(fn, in_axes=0)",
         "FIX(params, state, x)",

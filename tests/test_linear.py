@@ -23,7 +23,7 @@ from . import strategies as some
 from .drawn_models import BatchNorm, Dropout, Model, Remember, Stack
 from .flags import needs_jit
 from .meshes import KINDS, line
-from .models import Dropping
+from .models import Dropping, Sowing
 from .test_fuzz import applied, begun, error, wrapped
 from .test_messages import whole
 
@@ -190,6 +190,8 @@ def test_devices_of_a_mesh(kind: AxisType) -> None:
 FN, PARAMS, STATE = FUNCTIONS["with_rngs"]
 READ = fs.with_mutable(Dropping(None), mutable=False)
 BY_HAND: Any = fs.with_mutable(Dropping(None))
+SOWING = fs.with_mutable(Sowing())
+EMPTY: dict[str, Any] = {"intermediates": {}, "losses": {}}
 OWN = {name: tree for name, tree in STATE.items() if name != "rngs"}
 
 
@@ -253,8 +255,34 @@ def another_models(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
     return ((out - rival) ** 2).mean() + again.mean(), state
 
 
-MEANT = {fn.__name__: fn for fn in (branches, checkpointed, copied, read, evaluating(FN), another_models)}
-MEANT_BY_HAND = {fn.__name__: fn for fn in (averaged, handed_out)}
+def either(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """One of two calls runs, so one key is for both."""
+    options = {"rngs": {"dropout": jax.random.fold_in(KEY, batch.sum().astype(jnp.int32))}}
+    calls = (lambda x=each: BY_HAND(params, state, x, **options) for each in (batch, -batch))
+    out, state = jax.lax.cond(batch.sum() > 0, *calls)
+    return out.mean(), state
+
+
+def by_keyword(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """The call of a gradient function that names its arguments."""
+    (loss, _), state = fs.value_and_grad(taught)(params, state=state, batch=batch)
+    return loss, state
+
+
+def emptied(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """Takes what was sown out of the state."""
+    out, new_state = SOWING(params, state, batch)
+    return out.mean() + new_state["losses"]["l2"][0], new_state | EMPTY
+
+
+def taught(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """One call."""
+    out, state = FN(params, state, batch)
+    return out.mean(), state
+
+
+MEANT = {fn.__name__: fn for fn in (branches, checkpointed, copied, read, evaluating(FN), another_models, by_keyword)}
+MEANT_BY_HAND = {fn.__name__: fn for fn in (averaged, handed_out, either)}
 
 
 @pytest.mark.parametrize("name", MEANT)
@@ -274,6 +302,11 @@ def test_layers_that_hand_on_what_they_did_not_write_are_not_blamed(name: str) -
 
 
 @needs_jit
+def test_leaves_that_a_call_adds_are_not_the_losss_to_carry() -> None:
+    params, state = fs.split_params(Sowing().init(KEY, X))
+    assert told(stepped(emptied, params, state | EMPTY)) == []
+
+
 def test_a_line_search_evaluates_the_loss_again_in_silence() -> None:
     tx = optax.lbfgs()
     carry = fs.init_carry(PARAMS, STATE, tx)
@@ -335,6 +368,30 @@ def forking(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
     first, _ = FN(params, state, batch)
     second, state = FN(params, state, batch + 1)
     return ((first - second) ** 2).mean(), state
+
+
+def dropping_twice(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """Throws two new states away."""
+    first, _ = FN(params, state, batch)
+    second, _ = FN(params, state, batch + 1)
+    return ((first - second) ** 2).mean(), state
+
+
+def forking_twice(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """Gives three calls the same state."""
+    first, _ = FN(params, state, batch)
+    second, _ = FN(params, state, batch + 1)
+    third, state = FN(params, state, batch + 2)
+    return ((first - second) ** 2 + third).mean(), state
+
+
+def drawing_twice(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """Gives three calls the same key: the second is the first one too many."""
+    rngs = {"dropout": jax.random.fold_in(KEY, batch.sum().astype(jnp.int32))}
+    first, state = BY_HAND(params, state, batch, rngs=rngs)
+    second, state = BY_HAND(params, state, batch + 1, rngs=rngs)
+    third, state = BY_HAND(params, state, batch + 2, rngs=rngs)
+    return ((first - second) ** 2 + third).mean(), state
 
 
 def line_in(fn: Any, offset: int) -> str:
@@ -404,6 +461,14 @@ def test_it_points_at_the_users_own_line_and_is_shown_once_for_each() -> None:
     assert [each.filename for each in caught] == [__file__] * 2
     first = [fn.__code__.co_firstlineno for fn in (dropping, forking)]
     assert [each.lineno for each in caught] == [line + 2 for line in first]
+
+
+@pytest.mark.parametrize(("loss_fn", "line"), [(dropping_twice, 2), (forking_twice, 2), (drawing_twice, 4)])
+def test_of_several_it_points_at_the_first(loss_fn: Any, line: int) -> None:
+    state = STATE if loss_fn is not drawing_twice else OWN
+    with pytest.warns(fs.DroppedStateWarning) as caught:
+        stepped(loss_fn, PARAMS, state)()
+    assert [each.lineno for each in caught] == [loss_fn.__code__.co_firstlineno + line]
 
 
 # Nothing stays behind

@@ -1369,6 +1369,26 @@ def test_nothing_is_mapped() -> None:
     apply({}, {}, X)
 
 
+def test_an_argument_has_other_lanes_than_axis_size_says() -> None:
+    apply: Any = functools.partial(fs.vmap_stateful, lambda params, state, x, y: (x, state))
+    error = fails(fs.SignatureError, apply(axis_size=10), {}, {}, X, Y[:10])
+    assert str(error) == whole("""
+    vmap_stateful(in_axes=...): all mapped axes must have the size that axis_size= says
+      got:
+        args[0]: f32[32,10], axis 0
+        axis_size: 10
+      likely cause: axis_size= is for lanes that no argument has, and here one has lanes of its own
+      fix: leave axis_size= out; or in_axes=None for an argument that all lanes share
+    """)
+    for axis in (2, -3):
+        assert fails(fs.SignatureError, apply(in_axes=(axis, 0), axis_size=10), {}, {}, X, Y[:10]).leaves == (
+            f"args[0]: f32[32,10], axis {axis}",
+            "axis_size: 10",
+        )
+    assert apply(in_axes=(None, 0), axis_size=10)({}, {}, X, Y[:10])[0].shape == (10, *X.shape)
+    assert apply(in_axes=(1, 0), axis_size=10)({}, {}, X, Y[:10])[0].shape == (10, 32)
+
+
 def test_in_axes_of_another_length() -> None:
     apply = fs.vmap_stateful(lambda params, state, x: (x, state), in_axes=(None, None, 0))
     error = fails(fs.SignatureError, apply, {}, {}, X)

@@ -550,7 +550,43 @@ def test_what_is_known_of_functions_keeps_nothing_alive_and_is_bounded() -> None
     around: list[Any] = []
     around.append(around)
     assert _again.fingerprint(around) is not None
-    assert _again.fingerprint([[i] for i in range(9000)]) is None
+    assert _again.Traced(functools.partial(squared, 299), caller()).again(()) == 1, "of another line"
+    large = functools.partial(squared, [[i] for i in range(9000)])
+    assert [_again.Traced(large, caller()).again(()) for _ in range(2)] == [1, 1]
+
+
+def test_the_functions_that_were_traced_last_are_known() -> None:
+    known: Any = _again
+    known._seen.clear()
+    line = caller()
+    counts = [known.Traced(functools.partial(squared, rate), line).again(()) for rate in (*range(300), 299, 0, 299)]
+    assert counts == [1] * 300 + [2, 1, 3]
+
+
+def test_what_is_too_large_to_compare_is_unknown() -> None:
+    assert [_again.fingerprint([()] * count) is None for count in (4999, 5000)] == [False, True]
+
+
+def test_an_object_is_itself_while_it_lives() -> None:
+    same: Any = _again._Same  # pyright: ignore[reportPrivateUsage]
+    one, other = np.ones(3), np.ones(3)
+    known = same(one)
+    assert known == same(one)
+    assert known not in (same(other), 3)
+    del one
+    gc.collect()
+    assert known not in (same(other), same(np.zeros(3)))
+    assert known != known
+
+
+def test_a_name_that_is_bound_later_is_nothing() -> None:
+    def reader() -> int:
+        return later
+
+    before = _again.fingerprint(reader)
+    later = 1
+    assert before is not None
+    assert before != _again.fingerprint(reader)
 
 
 def test_threads_are_counted_together() -> None:

@@ -76,6 +76,11 @@ _NO_SIZE = _SIZES.but(
     cause="every argument was passed by keyword, or in_axes is None",
     fix="fn(params, state, x): arguments to map come by position; or axis_size=",
 )
+_OTHER_SIZE = _SIZES.but(
+    required="all mapped axes must have the size that axis_size= says",
+    cause="axis_size= is for lanes that no argument has, and here one has lanes of its own",
+    fix="leave axis_size= out; or in_axes=None for an argument that all lanes share",
+)
 
 
 @Guess
@@ -97,11 +102,13 @@ def BOUND(axis_name: str) -> Explained:  # noqa: N802
 
 
 @Guess
-def SIZES(mapped: list[tuple[str, Any, int, int | None]]) -> Explained:  # noqa: N802
-    """Mapped axes of several sizes, the rarest first; or none."""
+def SIZES(mapped: list[tuple[str, Any, int, int | None]], count: int | None) -> Explained:  # noqa: N802
+    """Mapped axes of several sizes, the rarest first, or of another one than is said; or none."""
     often = Counter(size for *_, size in mapped)
-    rare_first = sorted(mapped, key=lambda each: often[each[3]])
+    rare_first = sorted((each for each in mapped if not count or each[3] != count), key=lambda each: often[each[3]])
     lines = [f"{path}: {describe(leaf)}, axis {axis}" for path, leaf, axis, _ in rare_first]
+    if count:
+        return _OTHER_SIZE(*lines, f"axis_size: {count}")
     return _SIZES(*lines) if lines else _NO_SIZE("no axis is mapped")
 
 
