@@ -8,7 +8,7 @@ import jax
 from ._checks import checked
 from ._describe import describe, plain, same_structure
 from ._filters import choose
-from ._paths import Path, flatten, inside, is_container, keyed, unflatten
+from ._paths import Path, flatten, inside, keyed, unflatten
 from ._refusals.apart import NO_HALF, NO_MAPPING, NO_PARAMS, OVERLAP, SWAPPED, VARIABLES, WRAPPED_TWICE
 from ._types import RESERVED, AnyParams, Params, State, Trainable, Tree, Variables
 
@@ -104,8 +104,6 @@ def _joined(frozen: dict[Any, Any], trained: dict[Any, Any]) -> dict[str, Any]:
 
 def _are_halves(one: Any, other: Any) -> bool:
     """Whether two containers are of one structure, and each leaf is in one of them at most."""
-    if not (is_container(one) and is_container(other)):
-        return False
     ones, others = (jax.tree.leaves(each, is_leaf=_is_hole) for each in (one, other))
     is_same = same_structure(*(jax.tree.map(_is_hole, each, is_leaf=_is_hole) for each in (one, other)))
     return is_same and all(a is None or b is None for a, b in zip(ones, others, strict=True))

@@ -47,7 +47,7 @@ def is_about_meshes(error: Exception) -> bool:
 
 def is_about_devices(error: Exception) -> bool:
     """Whether what a program takes was put on other devices than the program, or the rest of it, runs on."""
-    return isinstance(error, ValueError) and "incompatible devices" in str(error)
+    return "incompatible devices" in str(error)
 
 
 def is_about_mask(error: Exception) -> bool:
@@ -138,7 +138,7 @@ def reopened(fn: Any) -> Callable[..., Any]:
     """
     inner = dict(zip(fn.__code__.co_freevars, (cell.cell_contents for cell in fn.__closure__), strict=True))
 
-    def apply(variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
+    def apply(variables: Any, *args: Any, mutable: Any, **kwargs: Any) -> Any:
         return core.apply(inner["fn"], mutable=mutable, flags=inner.get("flags"))(variables, *args, **kwargs)
 
     return apply
@@ -163,7 +163,7 @@ def bare(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-_LIBRARIES = ("jax", "flax", "equinox", "haiku", "optax", __name__.partition(".")[0])
+_LIBRARIES = ("jax", "flax", "equinox", "haiku", "optax", "flaxsplit")
 
 
 def lines_of(eqn: Any) -> tuple[Any, ...]:

@@ -91,10 +91,12 @@ def test_the_log_says_that_a_batch_is_whole_on_every_device(kind: AxisType, capf
         (carry_on(mesh), HOST, {"batch": rows}, []),
         (carry_on(mesh), jax.device_put(HOST, rows), {}, []),
         (alone, HOST, {}, []),
+        (alone, HOST, {"like": None}, []),
+        (jax.device_get(alone), HOST, {"like": None}, []),
     ]
     for carry, batch, options, expected in cases:
         with fs.compile_log() as outer, fs.compile_log() as inner:
-            fs.jit_step(step, like=carry, donate=False, **options)(carry, batch)
+            fs.jit_step(step, **{"like": carry, "donate": False} | options)(carry, batch)
         for log in (outer, inner):
             assert str(log).splitlines()[1 + len(log.traces | log.compiles) :] == expected
     with fs.compile_log() as log:  # on one device first, under the same name
@@ -103,6 +105,17 @@ def test_the_log_says_that_a_batch_is_whole_on_every_device(kind: AxisType, capf
     assert [*log.unplaced] == ["loss_fn"]
     assert (logger.level, [*logger.filters]) == before
     assert "Compiling" not in capfd.readouterr().err
+
+
+def test_the_log_of_jax_shows_what_it_showed_and_a_record_of_another_form_says_nothing(caplog: Any) -> None:
+    name = "jax._src.interpreters.pxla"
+    logger = logging.getLogger(name)
+    with caplog.at_level(logging.INFO, name), fs.compile_log() as log:
+        for level in (logging.INFO, logging.DEBUG):
+            for args in (("jit(f)", [HOST], None), ("jit(f)", None, [None]), ("jit(f)", 3)):
+                logger.log(level, "%s " * len(args), *args)
+    assert [record.levelno for record in caplog.records if record.name == name] == [logging.INFO] * 3
+    assert log.unplaced == {}
 
 
 @KINDS

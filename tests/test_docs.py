@@ -126,3 +126,10 @@ def test_every_link_leads_somewhere(page: pathlib.Path) -> None:
         found = (page.parent / path).resolve() if path else page
         assert found.exists(), target
         assert not anchor or anchor in anchors(found), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_file_that_is_named_is_there(page: pathlib.Path) -> None:
+    folders = "tests|tools|examples|benchmarks|stubs|docs"
+    named = re.findall(rf"(?<![\w/.])(?:{folders})/[\w/]+\.\w+", page.read_text())
+    assert [each for each in named if not (ROOT / each).exists()] == []

@@ -1,5 +1,6 @@
 """Where a condition turns: each of these was written because a changed package had passed all the other tests."""
 
+import contextlib
 import inspect
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ import pytest
 from flax import nnx
 
 import flaxsplit as fs
+from flaxsplit import _upstream
 from flaxsplit._describe import differences, strong
 from flaxsplit._wraps import wraps
 
@@ -325,6 +327,26 @@ def test_a_number_is_written_where_a_scalar_is_due() -> None:
     assert jax.tree.leaves(fs.from_nnx(outer)[1]) == [2, 3]
 
 
+class Numbers(nnx.Module):
+    """Holds an array and a number of Python."""
+
+    def __init__(self) -> None:
+        self.w, self.n = nnx.Param(jnp.zeros(())), nnx.BatchStat(0)
+
+
+@needs_x32
+def test_a_number_is_copied_unless_both_are_pythons_own() -> None:
+    module, given = Numbers(), jnp.int32(4)
+    fs.to_nnx(module, {"w": 2.0}, {"batch_stats": {"n": given}})
+    given.delete()
+    w, n = (jax.tree.leaves(each)[0] for each in fs.from_nnx(module)[1:])
+    assert isinstance(w, jax.Array)
+    assert int(n) == 4
+    kept = fs.to_nnx(Numbers(), {"w": 2.0}, {"batch_stats": {"n": 5}})
+    assert jax.tree.leaves(fs.from_nnx(kept)[2]) == [5]
+    assert type(jax.tree.leaves(fs.from_nnx(kept)[2])[0]) is int
+
+
 class Model(nn.Module):
     """Has a method beside its call."""
 
@@ -425,3 +447,60 @@ def test_of_two_strange_axes_the_first_is_told_about() -> None:
     with pytest.raises(fs.SignatureError) as caught:
         fs.vmap_stateful(lambda params, state, x: (x, state), in_axes=(axes,))({}, {}, dict.fromkeys("ab", jnp.ones(2)))
     assert caught.value.leaves == ("for args[0]: str",)
+
+
+LAYERS = {"Dense_0": {"w": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("params", "state", "swapped"),
+    [
+        ({"batch_stats": LAYERS}, {"Dense_1": {"w": 1.0}}, True),
+        ({"params": LAYERS, "cache": LAYERS}, {"Dense_1": {"w": 1.0}}, True),
+        ({"cache": LAYERS}, LAYERS, True),
+        ({"cache": LAYERS}, {"w": 1.0}, True),
+        ({"cache": LAYERS}, {"Dense_1": {"w": 1.0}}, False),  # a submodule may be called so
+    ],
+)
+def test_halves_are_swapped_where_their_names_leave_no_doubt(params: Any, state: Any, swapped: bool) -> None:
+    refused = pytest.raises(fs.CollectionError, match="params and state were swapped")
+    with refused if swapped else contextlib.nullcontext():
+        fs.merge_state(params, state)
+
+
+def test_a_state_that_is_settled_is_found_by_one_trace() -> None:
+    calls = []
+
+    def fn(params: Any, state: Any, x: Any) -> Any:
+        del params
+        calls.append(x)
+        return x, state
+
+    fs.settle_state(fn, {}, {"n": jnp.ones(2)}, jnp.ones(3))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("trainable", ["", ["head/*"], ["head/*", ""]])
+def test_of_a_module_without_params_nothing_can_be_asked_by_path(trainable: Any) -> None:
+    with pytest.raises(fs.CollectionError):
+        fs.from_nnx(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), trainable=trainable)
+
+
+class _Unpacks:
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def unpack(self) -> Any:
+        return self.parts
+
+
+@pytest.mark.parametrize("held", [{}, {"ft_in": 3}, {"ft_in": _Unpacks(1, 2, 3)}, {"ft_in": _Unpacks([], [])}])
+def test_a_scan_that_jax_describes_anew_says_nothing(held: Any) -> None:
+    assert _upstream.scan_sizes(held) is None
+
+
+def test_seconds_of_a_log_begin_at_none() -> None:
+    begun = time.perf_counter()
+    with fs.compile_log() as log:
+        jax.jit(lambda x: x + 1)(np.ones(3))
+    assert sum(log.trace_seconds.values()) + sum(log.compile_seconds.values()) < time.perf_counter() - begun

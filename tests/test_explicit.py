@@ -151,6 +151,19 @@ def test_lanes_draw_what_they_draw_on_one_device(key: jax.Array, where: str, axi
     assert new_state["rngs"]["dropout"].sharding.is_fully_replicated
 
 
+def test_params_that_lie_on_no_mesh_come_back_whole() -> None:
+    """Their gradients lie on one."""
+
+    @jax.jit
+    def step(grads: Any) -> fs.Carry:
+        params = {"w": jnp.ones(8)}
+        carry = fs.Carry(jnp.int32(0), params, dict[str, Any](), TX.init(params))
+        return fs.apply_gradients(TX, carry, {"w": grads}, {})
+
+    new = step(jax.device_put(jnp.ones(8), CUT)).params["w"]
+    assert new.sharding.is_fully_replicated
+
+
 @pytest.mark.parametrize("split", [True, False], ids=["split -> whole", "whole -> split"])
 def test_state_comes_back_to_where_it_lay(split: bool) -> None:
     places = (CUT, EVERYWHERE) if split else (EVERYWHERE, CUT)

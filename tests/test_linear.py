@@ -263,6 +263,16 @@ def either(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
     return out.mean(), state
 
 
+def reading_first(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """Two calls with one key, of which the first draws nothing."""
+    options = {"rngs": {"dropout": jax.random.fold_in(KEY, batch.sum().astype(jnp.int32))}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fs.UntouchedStateWarning)
+        teacher, state = BY_HAND(params, state, batch, train=False, **options)
+        out, state = BY_HAND(params, state, batch, **options)
+    return ((out - teacher) ** 2).mean(), state
+
+
 def by_keyword(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
     """The call of a gradient function that names its arguments."""
     (loss, _), state = fs.value_and_grad(taught)(params, state=state, batch=batch)
@@ -282,7 +292,7 @@ def taught(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
 
 
 MEANT = {fn.__name__: fn for fn in (branches, checkpointed, copied, read, evaluating(FN), another_models, by_keyword)}
-MEANT_BY_HAND = {fn.__name__: fn for fn in (averaged, handed_out, either)}
+MEANT_BY_HAND = {fn.__name__: fn for fn in (averaged, handed_out, either, reading_first)}
 
 
 @pytest.mark.parametrize("name", MEANT)
@@ -360,6 +370,12 @@ def test_one_key_for_two_calls() -> None:
 def dropping(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
     """Throws the new state away."""
     out, _ = FN(params, state, batch)
+    return out.mean(), state
+
+
+def dropping_by_name(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+    """Throws the new state away, of a call that names what it gives."""
+    out, _ = FN(params, state, x=batch)
     return out.mean(), state
 
 
@@ -463,7 +479,10 @@ def test_it_points_at_the_users_own_line_and_is_shown_once_for_each() -> None:
     assert [each.lineno for each in caught] == [line + 2 for line in first]
 
 
-@pytest.mark.parametrize(("loss_fn", "line"), [(dropping_twice, 2), (forking_twice, 2), (drawing_twice, 4)])
+FIRST = [(dropping_twice, 2), (dropping_by_name, 2), (forking_twice, 2), (drawing_twice, 4)]
+
+
+@pytest.mark.parametrize(("loss_fn", "line"), FIRST)
 def test_of_several_it_points_at_the_first(loss_fn: Any, line: int) -> None:
     state = STATE if loss_fn is not drawing_twice else OWN
     with pytest.warns(fs.DroppedStateWarning) as caught:

@@ -98,7 +98,20 @@ def test_it_is_told_in_a_step_and_in_lanes_at_the_users_own_line() -> None:
     assert told(lanes, PARAMS, stacked, X) == at_layers("body")
 
 
+def test_a_model_without_params_has_nothing_frozen() -> None:
+    norm = nn.BatchNorm(use_running_average=True, use_scale=False, use_bias=False)
+    assert told(fs.with_mutable(norm), *fs.split_params({"params": {}} | norm.init(KEY, X)), X) == [
+        "batch_stats: no leaf written"
+    ]
+
+
 # Right programs: warnings are errors in these tests
+
+
+def test_a_norm_without_params_in_a_model_that_is_frozen_whole_is_right() -> None:
+    norm = nn.BatchNorm(use_running_average=True, use_scale=False, use_bias=False)
+    model = nn.Sequential([nn.Dense(3), norm])
+    fs.with_mutable(model)({}, model.init(KEY, X), X)
 
 
 def test_a_frozen_body_in_eval_mode_is_right() -> None:
