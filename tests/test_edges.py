@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import re
 import time
 from collections import Counter
 from typing import Any
@@ -504,3 +505,24 @@ def test_seconds_of_a_log_begin_at_none() -> None:
     with fs.compile_log() as log:
         jax.jit(lambda x: x + 1)(np.ones(3))
     assert sum(log.trace_seconds.values()) + sum(log.compile_seconds.values()) < time.perf_counter() - begun
+
+
+class Raising(nn.Module):
+    """Raises what it is told."""
+
+    message: str
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        raise ValueError(self.message)
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["no luck", "passed to vmap", "a shard", "of shape (3,)", "Incompatible shapes for broadcasting: (2,), (5,)"],
+)
+def test_an_error_of_the_users_own_stays_as_it_is(message: str) -> None:
+    apply: Any = fs.with_mutable(Raising(message))
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        fs.value_and_grad(apply)({"w": jnp.ones(3)}, {"perturbations": {"x": jnp.ones(3)}}, jnp.ones(3))
+    assert type(caught.value) is ValueError

@@ -98,6 +98,15 @@ def test_it_is_told_in_a_step_and_in_lanes_at_the_users_own_line() -> None:
     assert told(lanes, PARAMS, stacked, X) == at_layers("body")
 
 
+def test_a_call_that_needs_what_it_does_not_make_reads_it() -> None:
+    class Centred(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return x - self.get_variable("batch_stats", "mean")
+
+    assert told(fs.with_mutable(Centred()), {}, {"batch_stats": {"mean": X}}, X) == ["batch_stats: no leaf written"]
+
+
 def test_a_model_without_params_has_nothing_frozen() -> None:
     norm = nn.BatchNorm(use_running_average=True, use_scale=False, use_bias=False)
     assert told(fs.with_mutable(norm), *fs.split_params({"params": {}} | norm.init(KEY, X)), X) == [
