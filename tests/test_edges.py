@@ -469,18 +469,6 @@ def test_halves_are_swapped_where_their_names_leave_no_doubt(params: Any, state:
         fs.merge_state(params, state)
 
 
-def test_a_state_that_is_settled_is_found_by_one_trace() -> None:
-    calls = []
-
-    def fn(params: Any, state: Any, x: Any) -> Any:
-        del params
-        calls.append(x)
-        return x, state
-
-    fs.settle_state(fn, {}, {"n": jnp.ones(2)}, jnp.ones(3))
-    assert len(calls) == 1
-
-
 @pytest.mark.parametrize("trainable", ["", ["head/*"], ["head/*", ""]])
 def test_of_a_module_without_params_nothing_can_be_asked_by_path(trainable: Any) -> None:
     with pytest.raises(fs.CollectionError):
