@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks._measure import about
-from tools import audit, dist, floors, mutants, newest, readability, record, release, trust
+from tools import audit, dist, floors, mutants, newest, readability, record, release, trust, written
 
 PYPROJECT = """
 [project]
@@ -216,3 +216,23 @@ def test_sentences_are_found_in_a_page() -> None:
     found = readability.sentences(readability.prose(page))
     assert found == ["The step is compiled by code.", "It runs once:", "a list entry"]
     assert [bool(readability.PASSIVE.search(each)) for each in found] == [True, False, False]
+
+
+def test_what_a_tool_makes_is_compared_until_it_is_told_to_write(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, other = tmp_path / "page.md", tmp_path / "other.md"
+    other.write_text("as it is")
+    texts = {page: "new", other: "as it is"}
+
+    def run(*options: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["tools/made.py", *options])
+        return written.written("What it does.", lambda: texts), capsys.readouterr().out
+
+    stale = (1, "not of today: page.md; run `python tools/made.py --write`\n")
+    assert run() == stale
+    assert not page.exists()
+    assert run("--write") == (0, "written: page.md\n")
+    assert (run(), page.read_text()) == ((0, ""), "new")
+    page.write_text("old")
+    assert run() == stale

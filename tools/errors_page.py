@@ -4,7 +4,6 @@ The classes with what each is for, the table of wrong calls that `tests/test_bad
 the tests have whole, so that the site's search finds an error by its text.
 """
 
-import argparse
 import collections
 import inspect
 import os
@@ -22,6 +21,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
 import flaxsplit as fs  # noqa: E402 (JAX reads the variables above when it is imported)
 from tests import wrong_calls as wrong  # noqa: E402
+from tools.written import written  # noqa: E402 (found beside this folder)
 
 CLASSES = (
     fs.CollectionError,
@@ -108,20 +108,6 @@ def said(by_kind: dict[str, str]) -> str:
     )
 
 
-def main() -> int:
-    """Writes or compares; returns what the shell is told."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write the page")
-    warnings.simplefilter("ignore", fs.UntouchedStateWarning)
-    options, text = parser.parse_args(), page()
-    if options.write:
-        PAGE.write_text(text)
-    elif not PAGE.exists() or PAGE.read_text() != text:
-        print("docs/errors.md is not what tools/errors_page.py --write would write")
-        return 1
-    print(f"{PAGE.relative_to(ROOT)}: {len(wrong.CALLS)} arguments, {len(wrong.KINDS)} kinds")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    warnings.simplefilter("ignore", fs.UntouchedStateWarning)
+    sys.exit(written(__doc__, lambda: {PAGE: page()}))

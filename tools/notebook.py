@@ -4,7 +4,6 @@ Each is the page of that name. Text becomes cells of Markdown. Sessions become c
 something.
 """
 
-import argparse
 import doctest
 import json
 import pathlib
@@ -14,6 +13,10 @@ from collections.abc import Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from tools.written import written  # noqa: E402 (found beside this folder)
+
 PAGES = [ROOT / "docs" / name for name in ("tutorial.md", "open_step.md")]
 ITSELF = re.compile(r" It is \[a notebook\]\(\w+.ipynb\) too\.")
 SESSION = re.compile(r"```pycon\n(.*?)```\n", re.DOTALL)
@@ -53,20 +56,5 @@ def code(source: str, shown: str) -> dict[str, Any]:
     return {"cell_type": "code", "metadata": {}, "source": source, "outputs": outputs, "execution_count": None}
 
 
-def main() -> int:
-    """Compares or writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the notebooks")
-    write = parser.parse_args().write
-    notebooks = {page.with_suffix(".ipynb"): notebook(page) for page in PAGES}
-    if write:
-        for path, text in notebooks.items():
-            path.write_text(text)
-    stale = [path.name for path, text in notebooks.items() if not path.exists() or path.read_text() != text]
-    if stale:
-        print(f"notebook: not what the pages say: {', '.join(stale)}; run `python tools/notebook.py --write`")
-    return bool(stale)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(written(__doc__, lambda: {page.with_suffix(".ipynb"): notebook(page) for page in PAGES}))

@@ -4,7 +4,6 @@ Without, fails if the page is not of the optax that is installed. A transformati
 the jaxpr of the loop by hand, and its carry comes out in the types in which it went in: one compile serves all steps.
 """
 
-import argparse
 import inspect
 import pathlib
 import re
@@ -22,6 +21,10 @@ import flaxsplit as fs
 from flaxsplit._describe import same_structure
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from tools.written import written  # noqa: E402 (found beside this folder)
+
 PAGE = ROOT / "docs" / "optimizers.md"
 BEGIN, END = "<!-- optimizers: begin -->", "<!-- optimizers: end -->"
 
@@ -239,18 +242,5 @@ def current() -> str:
     return f"{page[: page.index(BEGIN)]}{BEGIN}\n\n{table()}\n\n{END}{page[page.index(END) + len(END) :]}"
 
 
-def main() -> int:
-    """Compares or writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the table into the page")
-    page = current()
-    if parser.parse_args().write:
-        PAGE.write_text(page)
-    stale = PAGE.read_text() != page
-    if stale:
-        print("optimizers: the table is not of today; run `python tools/optimizers.py --write`")
-    return stale
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(written(__doc__, lambda: {PAGE: current()}))

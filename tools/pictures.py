@@ -5,7 +5,6 @@ comes out. Rows of boxes lie below each other. A box is `label / small print`; a
 what follows it tells equal labels apart, and alone keeps room.
 """
 
-import argparse
 import itertools
 import pathlib
 import sys
@@ -14,6 +13,10 @@ from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from tools.written import written  # noqa: E402 (found beside this folder)
+
 FOLDER = ROOT / "docs" / "combinators"
 WIDTH, ROW, GAP, MARGIN = 480, 46, 36, 14
 
@@ -331,21 +334,11 @@ def node(name: str, box: Box, small: str) -> Iterator[str]:
             yield f'<text {where} font-family="monospace">{escape(words)}</text>'
 
 
-def main() -> int:
-    """Compares or writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the pictures")
-    write = parser.parse_args().write
-    pictures = {FOLDER / f"{name}.svg": drawn(flow, name) for name, flow in FLOWS.items()}
-    pictures[LOOP] = drawn(ROUND, "the carry goes round")
-    if write:
-        for path, text in pictures.items():
-            path.write_text(text)
-    stale = [path.name for path, text in pictures.items() if not path.exists() or path.read_text() != text]
-    if stale:
-        print(f"pictures: not as they would be drawn: {', '.join(stale)}; run `python tools/pictures.py --write`")
-    return bool(stale)
+def pictures() -> dict[pathlib.Path, str]:
+    """Every picture, drawn anew."""
+    drawings = {FOLDER / f"{name}.svg": drawn(flow, name) for name, flow in FLOWS.items()}
+    return drawings | {LOOP: drawn(ROUND, "the carry goes round")}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(written(__doc__, pictures))

@@ -4,7 +4,6 @@ Every public function with its signature, its arguments and what it returns and 
 without building the site, whose own API page has the types and the errors too.
 """
 
-import argparse
 import ast
 import pathlib
 import re
@@ -12,6 +11,10 @@ import sys
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from tools.written import written  # noqa: E402 (found beside this folder)
+
 PAGE = ROOT / "docs" / "reference.md"
 TABLE = re.compile(r"^\| \[(`.*`)\]\((.*)\) \| (.*) \|$", re.MULTILINE)
 SECTION = re.compile(r"^(Args|Returns|Yields|Raises|Warns):\n((?:(?:    .*)?\n?)*)", re.MULTILINE)
@@ -67,18 +70,5 @@ def signature(node: ast.FunctionDef) -> str:
     return f"{node.name}({ast.unparse(node.args)})"
 
 
-def main() -> int:
-    """Compares or writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write docs/reference.md")
-    text = page()
-    if parser.parse_args().write:
-        PAGE.write_text(text)
-    elif not PAGE.exists() or PAGE.read_text() != text:
-        print("reference: docs/reference.md is not what the docstrings say; run `python tools/reference.py --write`")
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(written(__doc__, lambda: {PAGE: page()}))

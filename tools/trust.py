@@ -3,7 +3,6 @@
 What is stored in `tests/results` was written by the commands that the page names.
 """
 
-import argparse
 import json
 import pathlib
 import re
@@ -18,6 +17,7 @@ sys.path[:0] = [str(ROOT)]
 
 import flaxsplit  # noqa: E402 (the installed wheel, where that is tested)
 from benchmarks._report import where  # noqa: E402 (found beside this folder)
+from tools.written import written  # noqa: E402 (found beside this folder)
 
 PACKAGE = pathlib.Path(flaxsplit.__file__).parent
 LIBRARIES = ("jax", "flax", "optax", "jaxtyping", "typeguard")
@@ -211,18 +211,5 @@ REST = """[Errors](errors.md) lists them, argument by argument. `make test` runs
 """
 
 
-def main() -> int:
-    """Compares or writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write docs/trust.md")
-    text = page()
-    if parser.parse_args().write:
-        PAGE.write_text(text)
-    elif not PAGE.exists() or PAGE.read_text() != text:
-        print("trust: docs/trust.md is not what the stored results say; run `python tools/trust.py --write`")
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(written(__doc__, lambda: {PAGE: page()}))
