@@ -236,3 +236,13 @@ def test_what_a_tool_makes_is_compared_until_it_is_told_to_write(
     assert (run(), page.read_text()) == ((0, ""), "new")
     page.write_text("old")
     assert run() == stale
+
+
+@pytest.mark.parametrize("tool", sorted((ROOT / "tools").glob("*.py")), ids=lambda tool: tool.stem)
+def test_the_first_line_of_a_tool_says_who_calls_it(tool: pathlib.Path) -> None:
+    first = (ast.get_docstring(ast.parse(tool.read_text())) or "").partition("\n")[0]
+    caller = first.split("`")[1]
+    target = caller.removeprefix("make ")
+    text = (ROOT / ("Makefile" if target != caller else caller)).read_text()
+    assert target == caller or f"\n{target}: " in text
+    assert tool.stem in text

@@ -1,4 +1,4 @@
-"""Writes the public signatures, as the source has them, to `tests/api.txt` with `--write`; without, compares.
+"""`tests/test_public_api.py`: the public signatures, as the source has them, in `tests/api.txt`; `--write` writes it.
 
 A signature is written anew only where CHANGELOG.md says something new of its name: each stands there with a digest of
 the entries, under Unreleased and the current version, that named it when it was written.

@@ -1,4 +1,4 @@
-"""Looks up known vulnerabilities of what is installed beside this interpreter, by pip-audit.
+"""`make audit`: known vulnerabilities of what is installed beside this interpreter, looked up by pip-audit.
 
 Fails where there is one; where no data can be reached, says so and does not.
 """

@@ -1,4 +1,4 @@
-"""Runs type checkers over the type tests and the recipes, and reads what they find."""
+"""`tools/types_table.py`: type checkers, run over the type tests and the recipes, and what they find."""
 
 import functools
 import json

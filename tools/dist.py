@@ -1,4 +1,4 @@
-"""What the wheel and the sdist hold, beside what they should."""
+"""`noxfile.py`: what the wheel and the sdist hold, beside what they should."""
 
 import pathlib
 import subprocess

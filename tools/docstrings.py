@@ -1,4 +1,4 @@
-"""What mkdocstrings needs to know of our docstrings: an example stands in the text, and is fenced here."""
+"""`mkdocs.yml`: what mkdocstrings must know of our docstrings: an example stands in the text, and is fenced here."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""Writes `docs/errors.md` with `--write`; without, fails where the page is not what would be written.
+"""`tests/test_bad_input.py`: the page `docs/errors.md`; `--write` writes it.
 
 The classes with what each is for, the table of wrong calls that `tests/test_bad_input.py` makes, and the messages that
 the tests have whole, so that the site's search finds an error by its text.

@@ -1,4 +1,4 @@
-"""Prints how the package reads, in figures: `python tools/figures.py`; `tests/test_figures.py` asserts them.
+"""`tests/test_figures.py`: how the package reads, in figures; `python tools/figures.py` prints them.
 
 Lines of each file and how many of them run, `raise` and long strings in the modules of combinators, lengths of
 function bodies. A running line is one of code: no blank line, no comment, no docstring.

@@ -1,4 +1,4 @@
-"""Prints pyproject.toml's lowest versions, of what runs and of what the tests take, as constraints for pip."""
+"""`noxfile.py`: pyproject.toml's lowest versions, of what runs and of what the tests take, as constraints for pip."""
 
 import pathlib
 import tomllib

@@ -1,4 +1,4 @@
-"""Writes the table of kinds into `docs/combinators/explain_step.md` with `--write`; without, fails if it is stale."""
+"""`tests/test_explain.py`: the table of kinds in `docs/combinators/explain_step.md`; `--write` writes it."""
 
 import pathlib
 import re

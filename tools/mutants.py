@@ -1,4 +1,4 @@
-"""Changes the package in one place at a time, by cosmic-ray, and runs the tests that reach the place: `make mutants`.
+"""`make mutants`: the package changed in one place at a time, by cosmic-ray; runs the tests that reach the place.
 
 A mutant that none of them fails on has survived. Then a test is missing, or `tests/survivors.toml` says why the change
 is none that anybody could see. What came out is stored in `tests/results/mutants.json`, from which `tools/trust.py`

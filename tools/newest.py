@@ -1,4 +1,4 @@
-"""Prints where the first CPython among the versions given is (`newest.py 3.13 3.12`), or nothing.
+"""`Makefile`: where the first CPython among the versions given is (`newest.py 3.13 3.12`), or nothing.
 
 With `--name`, its version instead: `3.13`.
 """

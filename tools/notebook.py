@@ -1,4 +1,4 @@
-"""Writes `docs/tutorial.ipynb` and `docs/open_step.ipynb` with `--write`; without, fails if one differs.
+"""`tests/test_docs.py`: `docs/tutorial.ipynb` and `docs/open_step.ipynb`; `--write` writes them.
 
 Each is the page of that name. Text becomes cells of Markdown. Sessions become cells of code, each up to what shows
 something.

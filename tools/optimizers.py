@@ -1,7 +1,7 @@
-"""Every public name of `optax` and `optax.contrib`, tried in a step: writes `docs/optimizers.md` with `--write`.
+"""`tests/test_optimizers.py`: every public name of optax, tried in a step, for `docs/optimizers.md`.
 
-Without, fails if the page is not of the optax that is installed. A transformation goes through where the step traces to
-the jaxpr of the loop by hand, and its carry comes out in the types in which it went in: one compile serves all steps.
+`--write` writes the page. A transformation goes through where the step traces to the jaxpr of the loop by hand, and its
+carry comes out in the types in which it went in: one compile serves all steps.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""The site's pages that are not in docs/: the README, the stubs' own, the report, and the API from the docstrings."""
+"""`mkdocs.yml`: pages from outside docs/: the README, the stubs' own, the report, and the API of the docstrings."""
 
 import ast
 import pathlib

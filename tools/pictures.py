@@ -1,4 +1,4 @@
-"""Draws `docs/carry.svg` and `docs/combinators/*.svg` with `--write`; without, fails if a picture differs.
+"""`tests/test_docs.py`: `docs/carry.svg` and `docs/combinators/*.svg`; `--write` draws them.
 
 The first is the README's: the carry goes round. The others show each combinator: what goes in, what is called, what
 comes out. Rows of boxes lie below each other. A box is `label / small print`; a function stands in brackets; a `#` and

@@ -1,4 +1,4 @@
-"""Reports how the pages read: `python tools/readability.py`, or `... --against FOLDER` beside an older tree.
+"""`make readability`: how the pages read; with `--against FOLDER`, beside an older tree.
 
 textstat counts words and gives the reading grade: the automated readability index, in years of school. It needs no
 dictionary. A sentence counts as passive if a participle follows a form of `be`, the rule of write-good. This is a

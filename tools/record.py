@@ -1,7 +1,7 @@
-"""Stores what a run of the tests passed beside what others did: `record.py 3.12-newest junit.xml results.json`.
+"""`noxfile.py`: what a run of the tests passed, stored beside what others did.
 
-The key is a session of the noxfile, in whose environment this runs, or a flag of `make flags`. Tests that were chosen
-follow: trust.py tells of whole runs only.
+`record.py 3.12-newest junit.xml results.json`: the key is a session of the noxfile, in whose environment this runs, or
+a flag of `make flags`. Tests that were chosen follow: trust.py tells of whole runs only.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Writes `docs/reference.md` with `--write`; without, fails if the page differs.
+"""`tests/test_docs.py`: the page `docs/reference.md`; `--write` writes it.
 
 Every public function with its signature, its arguments and what it returns and raises, from the docstrings: to be read
 without building the site, whose own API page has the types and the errors too.

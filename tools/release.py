@@ -1,7 +1,7 @@
-"""Says what still keeps a version from being released, and gives the README's code as a program.
+"""`make release`: what still keeps a version from being released; and the README's code as a program.
 
-`make release` calls it. Then it builds the sdist and the wheel, checks both, installs the wheel into an empty
-environment, and runs there the program that `--readme` writes.
+Then the target builds the sdist and the wheel, checks both, installs the wheel into an empty environment, and runs
+there the program that `--readme` writes.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a step of a 7B-parameter transformer carries and sends, read off the compiled HLO: `python tools/scale.py`.
+"""`tests/test_scale.py`: what a step of a 7B-parameter transformer carries and sends, read off the compiled HLO.
 
 Compiles full-width steps of few layers over 256 virtual CPU devices, from shapes alone (nothing of it is ever
 allocated), reads their collectives, and takes what one more layer adds times the layers. `--write` puts the tables into

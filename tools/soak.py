@@ -1,6 +1,6 @@
-"""A long run: nothing grows, compiles again or drifts from the loop by hand; and eight threads on one step.
+"""`make soak`: a long run: nothing grows, compiles again or drifts from the loop by hand; and eight threads.
 
-`make soak` takes 100,000 steps and writes what it watched to `build/soak.json`.
+100,000 steps by default; what was watched is written to `build/soak.json`.
 """
 
 import argparse

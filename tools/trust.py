@@ -1,4 +1,4 @@
-"""Writes `docs/trust.md` with `--write`; without, fails where the page is not what the stored results say.
+"""`tests/test_docs.py`: the page `docs/trust.md`, from what is stored in `tests/results`; `--write` writes it.
 
 What is stored in `tests/results` was written by the commands that the page names.
 """

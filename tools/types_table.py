@@ -1,8 +1,8 @@
-"""Counts what mypy, pyright, ty and pyrefly reject, and fails where flaxsplit lets a mistake pass or invents one.
+"""`make types`: counts what four checkers reject; fails where flaxsplit lets a mistake pass or invents one.
 
-`python tools/types_table.py --write` also writes `docs/types.md`, and what the README shows; it needs basedpyright and
-zuban, too. To be run where flaxsplit and the overlay of `stubs/` are installed. "Without the overlay" is the same
-environment once more, with all but the overlay linked into it.
+`--write` also writes `docs/types.md`, and what the README shows; it needs basedpyright and zuban, too. To be run where
+flaxsplit and the overlay of `stubs/` are installed. "Without the overlay" is the same environment once more, with all
+but the overlay linked into it.
 """
 
 import argparse

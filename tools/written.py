@@ -1,4 +1,4 @@
-"""What all tools that make pages or pictures do at their end: with `--write` they write them, without they compare."""
+"""`tools/trust.py` and all others that make pages or pictures: with `--write` they write them, without they compare."""
 
 import argparse
 import pathlib
