@@ -275,7 +275,8 @@ def reading_first(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
 
 def by_keyword(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
     """The call of a gradient function that names its arguments."""
-    (loss, _), state = fs.value_and_grad(taught)(params, state=state, batch=batch)
+    grad_fn: Any = fs.value_and_grad(taught)
+    (loss, _), state = grad_fn(params, state=state, batch=batch)
     return loss, state
 
 
