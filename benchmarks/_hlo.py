@@ -4,10 +4,10 @@ import math
 import re
 from collections import Counter
 
+from flaxsplit._compiled import collectives
+
 _DOT = re.compile(r"= \w+\[([\d,]*)\]\S* dot\((?:\w+\[[\d,]*\]\S* )?(%[\w.-]+),.*?lhs_contracting_dims={([\d,]*)}")
 _TYPED = re.compile(r"(%[\w.-]+)(?: =|:) \w+\[([\d,]*)\]")
-_SENT = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
-_ARRAY = re.compile(r"[a-z]+(\d+)\[([\d,]*)\]")
 
 
 def flops(text: str, turns: int = 1) -> int:
@@ -25,9 +25,7 @@ def sent(text: str, turns: int = 1) -> Counter[str]:
     found: Counter[str] = Counter()
     loops, _, entry = text.rpartition("\nENTRY ")
     for part, times in ((loops, turns), (entry, 1)):
-        for types, kind in _SENT.findall(part):
-            sizes = (math.prod(_sizes(shape)) * int(bits) // 8 for bits, shape in _ARRAY.findall(types))
-            found[kind] += times * sum(sizes)
+        found.update({kind: times * each.bytes for kind, each in collectives(part).items()})
     return found
 
 

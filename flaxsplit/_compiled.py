@@ -31,10 +31,10 @@ def instructions(text: str) -> Counter[str]:
 
 
 def collectives(text: str) -> dict[str, Collective]:
-    """Counts what is sent between devices; of a pair `-start` and `-done` the first."""
+    """Counts what is sent between devices; of a pair `-start` and `-done` the second, which has the result alone."""
     found: dict[str, Collective] = {}
     for match in _INSTRUCTION.finditer(text):
-        name = match[2].removesuffix("-start")
+        name = match[2].removesuffix("-done")
         if name in _COLLECTIVES:
             before = found.get(name, Collective(0, 0))
             found[name] = Collective(before.times + 1, before.bytes + _bytes(match[1]))

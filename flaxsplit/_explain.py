@@ -77,7 +77,7 @@ def _told(look: Look, fault: Found) -> Finding:
 
 def _leaves(look: Look) -> dict[str, int]:
     carry, batch, new = len(look.part("carry")), len(look.part("batch")), len(look.new_leaves)
-    host = sum(not hasattr(leaf.given, "devices") and isinstance(leaf.given, np.ndarray) for leaf in look.inputs)
+    host = sum(isinstance(leaf.given, np.ndarray) for leaf in look.inputs)
     others, out = len(look.inputs) - carry - batch, len(look.outputs) - new
     return {"carry": carry, "batch": batch, "others": others, "carry out": new, "out": out, "host": host}
 

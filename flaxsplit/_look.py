@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ class Leaf(NamedTuple):
         path: its key path, from `carry`, `batch`, `args[0]`, `out` on.
         names: the bare names on that path.
         given: the argument; of a leaf that comes out, its type.
-        aval: its type in the jaxpr, None of what is no array.
+        aval: its type in the jaxpr.
         place: the sharding that the executable has for it.
         donated: whether its buffer is given away.
         at: its number among all that go in, or come out.
@@ -47,8 +47,7 @@ class Leaf(NamedTuple):
     @property
     def bytes(self) -> int:
         """Its size, whole."""
-        size, itemsize = getattr(self.aval, "size", 0), getattr(getattr(self.aval, "dtype", None), "itemsize", 0)
-        return int(size) * int(itemsize)
+        return int(self.aval.size) * int(self.aval.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Look:
     jaxpr: Any
     compiled: Any
     seconds: tuple[float, float]
-    consts: tuple[Any, ...] = field(repr=False)
+    consts: tuple[Any, ...]
 
     def part(self, name: str) -> list[Leaf]:
         """The leaves of `carry`, `batch`, or of the other arguments."""

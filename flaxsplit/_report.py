@@ -138,8 +138,8 @@ def _figures(report: StepReport) -> dict[str, float]:
 
 
 def _short(value: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * size:  # or it would be rounded to 1e+03 of the next smaller
             return f"{value / size:.3g} {letter}"
     return f"{value:.0f} "
 
