@@ -39,7 +39,7 @@ def constants(jaxpr: Any) -> list[Any]:
     for eqn in bare(jaxpr).eqns:
         for value in eqn.params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
-                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                if hasattr(bare(inner), "eqns"):
                     held |= {id(each): each for each in constants(inner)}
     return [*held.values()]
 
@@ -63,13 +63,13 @@ def _turns(eqn: Any) -> int:
 
 
 def _words(eqn: Any) -> str:
-    left, right = (describe(atom.aval) for atom in eqn.invars[:2])
+    left, right = (describe(atom.aval) for atom in eqn.invars)
     return f"{eqn.primitive.name}: {left}, {right}"
 
 
 def _dtype(eqn: Any) -> str:
     """The widest of the two operands."""
-    return str(max((atom.aval.dtype for atom in eqn.invars[:2]), key=lambda dtype: dtype.itemsize))
+    return str(max((atom.aval.dtype for atom in eqn.invars), key=lambda dtype: dtype.itemsize))
 
 
 def _flops(eqn: Any) -> int:
@@ -77,5 +77,5 @@ def _flops(eqn: Any) -> int:
     if eqn.primitive.name == "dot_general":
         contracted = eqn.params["dimension_numbers"][0][0]
         return 2 * int(math.prod(out.aval.shape)) * int(math.prod(left.shape[i] for i in contracted))
-    features = right.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-    return 2 * int(math.prod(out.aval.shape)) * int(math.prod(right.shape)) // max(int(features), 1)
+    features = eqn.params["dimension_numbers"].rhs_spec[0]
+    return 2 * int(math.prod(out.aval.shape)) * int(math.prod(right.shape[:features] + right.shape[features + 1 :]))
