@@ -62,5 +62,5 @@ def memory_of(compiled: Any) -> dict[str, int]:
     names = ("argument", "output", "alias", "temp")
     sizes = {name: int(getattr(stats, f"{name}_size_in_bytes", 0)) for name in names}
     whole = sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"]
-    said = int(getattr(stats, "peak_memory_in_bytes", 0))
+    said = int(getattr(stats, "peak_memory_in_bytes", -1))
     return {**sizes, "peak": said if said >= sizes["temp"] else whole}  # of a CPU it is said without temporaries

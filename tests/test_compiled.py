@@ -1,5 +1,7 @@
 """What an executable says of itself, read exactly: instructions, collectives, memory, FLOPs."""
 
+import dataclasses
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flaxsplit as fs
+from flaxsplit import _look
 from flaxsplit._compiled import collectives, cost_of, instructions, memory_of
 
 from .flags import needs_jit, needs_x32
@@ -59,6 +62,10 @@ def test_the_peak_is_what_is_said_unless_that_leaves_out_what_is_temporary(said:
     assert memory_of(sized(**stats)) == SIZES | {"peak": peak}
 
 
+def test_without_temporaries_a_peak_that_is_not_said_is_what_goes_in_and_out() -> None:
+    assert memory_of(sized(**SIZES | {"temp": 0}))["peak"] == 110
+
+
 def test_a_backend_that_says_nothing_has_no_figures() -> None:
     silent = SimpleNamespace(memory_analysis=lambda: None, cost_analysis=lambda: None)
     assert memory_of(silent) == cost_of(silent) == {}
@@ -84,9 +91,28 @@ def test_the_figures_of_a_step_are_exact(kind: Any) -> None:
 
     carry = jax.device_put({"sum": jnp.zeros(3), "w": jnp.ones((4, 3))}, NamedSharding(mesh, P()))
     batch = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("data")))
+    begun = time.perf_counter()
     report = fs.explain_step(step, carry, batch, np.ones(3, np.float32))
+    elapsed = time.perf_counter() - begun
+    assert 0 < min(report.seconds.values()) < sum(report.seconds.values()) < elapsed
     assert report.collectives == {"all-reduce": {"times": 1, "bytes": 12}}
     assert report.products == {"float32": 2 * 8 * 4 * 3}
     assert report.leaves == {"carry": 2, "batch": 1, "others": 1, "carry out": 2, "out": 1, "host": 1}
     assert (report.name, report.devices, report.platform) == ("step", 2, jax.default_backend())
     assert report.memory["argument"] == 4 * (3 + 12 + 16 + 3)
+
+
+@needs_jit
+@needs_x32
+def test_each_leaf_has_its_place_and_its_bytes() -> None:
+    def step(carry: Any, batch: Any) -> Any:
+        return {"n": carry["n"] + 1, "w": carry["w"] + batch.sum()}, batch
+
+    carry, batch = {"n": jnp.int8(0), "w": jnp.ones((4, 3))}, jnp.ones(5)
+    look = _look.look_at(step, carry, batch, (), {})
+    assert {leaf.path: leaf.bytes for leaf in look.inputs} == {"carry['n']": 1, "carry['w']": 48, "batch": 20}
+    assert all(leaf.place is not None for leaf in look.inputs)
+    assert dataclasses.replace(look, inputs=()).devices == 1
+    atoms: Any = look.jaxpr.invars[:2]
+    unknown = _look._leaves({"carry": carry}, lambda _: True, atoms, [], [False] * 2)  # pyright: ignore[reportPrivateUsage]
+    assert [leaf.place for leaf in unknown] == [None, None]

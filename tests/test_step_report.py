@@ -85,7 +85,9 @@ def test_a_page_of_a_notebook() -> None:
     row = "".join(f"<td><pre>{cell}</pre></td>" for cell in (*cells, "jnp.float32(1)"))
     expected = f"<pre>{head}</pre><table><tr>{row}</tr></table>"
     assert " ".join(str(report(finding())._repr_html_()).split()) == " ".join(expected.split())
-    assert len(str(report(finding())._repr_html_()).splitlines()) == 8
+    assert str(report(finding())._repr_html_()).count("\n") == 7
+    assert ["... and" in str(report(finding(leaves))._repr_html_()) for leaves in (4, 5)] == [False, True]
+    assert "... and 1 more" in str(report(finding(5))._repr_html_())
 
 
 @pytest.mark.parametrize(
@@ -104,8 +106,8 @@ def test_a_page_is_a_page(sizes: list[int], shown: int) -> None:
 
 def test_a_long_line_is_wrapped_between_words() -> None:
     room = 100 - len("compiles, weak type: ")
-    assert len(str(finding(what="a" * (room - 2) + " b")).splitlines()) == 4
-    long = str(finding(what="a" * (room - 5) + " well-known")).splitlines()
+    assert [len(str(finding(what="a" * (room - most) + " b")).splitlines()) for most in (2, 1)] == [4, 5]
+    long = str(finding(what="a" * (room - 6) + " well-known")).splitlines()
     assert (len(long), long[1]) == (5, "  well-known")
 
 
