@@ -31,13 +31,19 @@ FIGURES: dict[str, Any] = {
 
 def finding(leaves: int = 1, **given: Any) -> Finding:
     lines = tuple(f"carry['w{i}']: f32[] (weak type) -> f32[]" for i in range(leaves))
-    words = {"kind": "weak type", "group": "compiles", "what": "it compiles twice", "cost": 0.0, "unit": "bytes"}
-    fix = {"cause": "a number of Python", "fix": "jnp.float32(1)"}
-    return Finding(**{**words, **fix, "where": lines[0].partition(":")[0], "leaves": lines, **given})  # type: ignore[arg-type]
+    words = {"kind": "weak type", "group": "compiles", "what": "it compiles twice", "unit": "bytes"}
+    words |= {"where": "carry['w0']", "cause": "a number of Python", "fix": "jnp.float32(1)"}
+    default: Any = {**words, "leaves": lines, "cost": 0.0}
+    return Finding(**default | given)
 
 
 def report(*findings: Finding, name: str = "step", **given: Any) -> StepReport:
     return StepReport(name=name, findings=findings, devices=2, platform="cpu", **FIGURES | given)
+
+
+def html(each: Finding) -> str:
+    made: Any = report(each)
+    return str(made._repr_html_())
 
 
 def test_a_page_with_findings() -> None:
@@ -84,10 +90,10 @@ def test_a_page_of_a_notebook() -> None:
     cells = ("compiles, weak type", "it compiles twice", "carry[&#x27;w0&#x27;]: f32[] (weak type) -&gt; f32[]")
     row = "".join(f"<td><pre>{cell}</pre></td>" for cell in (*cells, "jnp.float32(1)"))
     expected = f"<pre>{head}</pre><table><tr>{row}</tr></table>"
-    assert " ".join(str(report(finding())._repr_html_()).split()) == " ".join(expected.split())
-    assert str(report(finding())._repr_html_()).count("\n") == 7
-    assert ["... and" in str(report(finding(leaves))._repr_html_()) for leaves in (4, 5)] == [False, True]
-    assert "... and 1 more" in str(report(finding(5))._repr_html_())
+    assert " ".join(html(finding()).split()) == " ".join(expected.split())
+    assert html(finding()).count("\n") == 7
+    assert ["... and" in html(finding(leaves)) for leaves in (4, 5)] == [False, True]
+    assert "... and 1 more" in html(finding(5))
 
 
 @pytest.mark.parametrize(
