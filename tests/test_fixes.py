@@ -550,6 +550,15 @@ CASES = (
         "step(FIX, batch)",
     ),
     Case(
+        "params = params | {'half': jnp.ones(3, jnp.bfloat16)}\n"
+        "tx = optax.inject_hyperparams(optax.adam)(0.1)\n"
+        "squares = lambda params, state, batch: (sum((leaf**2).sum().astype('float32') for leaf in "
+        "jax.tree.leaves(params)), state)\n"
+        "with_optimizer(squares, tx)(init_carry(params, {}, tx), batch)",
+        "optax.inject_hyperparams(optax.adam, static_args=('b1', 'b2'))",
+        "tx = FIX(0.1)\nwith_optimizer(squares, tx)(init_carry(params, {}, tx), batch)",
+    ),
+    Case(
         "with_optimizer(loss_fn, tx, microbatches=4)(carry, (x, y, key))",
         "step(carry, batch, key)",
         "step = with_optimizer(loss_fn, tx, microbatches=4)\nFIX",

@@ -19,7 +19,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from hypothesis import settings
+from hypothesis import assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -38,7 +38,7 @@ from . import strategies as some
 from .drawn_models import BATCH, LANES, Drawn, Dropout, Lanes, Model, NnxModel, Sow, Stack
 from .flags import needs_jit, needs_promotion
 from .meshes import on, told
-from .models import structure
+from .models import numbers, structure
 from .nnx_models import loss_of
 from .test_mesh import assert_close, by_shape
 from .test_nnx import leaves_of
@@ -219,7 +219,8 @@ def kept_by_hand(before: Any, after: Any, loss: Any) -> Any:
         for new, was in zip(jax.tree.leaves(rest), jax.tree.leaves(old), strict=True)
         if jnp.issubdtype(new.dtype, jnp.inexact)
     ]
-    fine = jnp.stack([*floats, jnp.isfinite(loss)]).all()
+    # the barrier is ours: without it XLA fuses the two in different ways, and rounds a sum that cancels differently
+    fine = jax.lax.optimization_barrier(jnp.stack([*floats, jnp.isfinite(loss)]).all())
     params, state, opt_state = jax.tree.map(lambda new, was: jnp.where(fine, new, was), rest, old)
     return params, {**state, **keys}, opt_state
 
@@ -510,7 +511,17 @@ def trained(model: Model, stack: Stack, tx: optax.GradientTransformation, check:
 
 @some.fuzzed(model=some.models(), tx=some.optimizers(), data=st.data())
 def test_laws_4_and_6_the_loop_of_the_guide(model: Model, tx: optax.GradientTransformation, data: Any) -> None:
+    assume(keeps_its_form(tx, model))
     trained(model, data.draw(some.stacks(model)), tx, assert_bits)
+
+
+def keeps_its_form(tx: optax.GradientTransformation, model: Model) -> bool:
+    """Not so where hyperparameters are arrays and params are of several dtypes: optax then widens its moments."""
+    params, state = model.halves()[0], jax.eval_shape(tx.init, model.halves()[0])
+    update: Any = optax.with_extra_args_support(tx).update
+    _, after = jax.eval_shape(lambda *args: update(*args, value=1.0), params, state, params)
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True)
+    return all((old.shape, old.dtype) == (new.shape, new.dtype) for old, new in pairs)
 
 
 # Law 10
@@ -520,6 +531,7 @@ def test_laws_4_and_6_the_loop_of_the_guide(model: Model, tx: optax.GradientTran
 def test_law_10_a_poisoned_batch_changes_the_keys_alone(
     model: Model, tx: optax.GradientTransformation, data: Any
 ) -> None:
+    assume(keeps_its_form(tx, model))
     stack = data.draw(some.stacks(model, [1, 2]))
     stack = replace(stack, steps=tuple(name for name in stack.steps if name == "ema"))
     carry = fs.init_carry(*begun(model, stack), tx)
@@ -544,7 +556,7 @@ def test_law_10_a_poisoned_batch_changes_the_keys_alone(
 def same_keys(left: fs.Carry, right: fs.Carry) -> bool:
     """Whether no stream has moved."""
     pairs = zip(*(jax.tree.leaves(each.state.get("rngs", {})) for each in (left, right)), strict=True)
-    return all(bool((jax.random.key_data(a) == jax.random.key_data(b)).all()) for a, b in pairs)
+    return all(np.array_equal(numbers(a), numbers(b)) for a, b in pairs)
 
 
 def poisoned(tree: Any) -> Any:
@@ -779,7 +791,7 @@ class Training(RuleBasedStateMachine):
             "lists": lambda carry: carry._replace(opt_state=listed(carry.opt_state)),
             "words": flax.serialization.to_state_dict,
         }
-        self.carry = fs.adopt_carry(forms[form](bare(self.carry)), self.first, strict=strict)
+        self.carry = fs.adopt_carry(forms[form](jax.tree.map(numbers, self.carry)), self.first, strict=strict)
 
     @rule()
     def unfreezes_and_freezes(self) -> None:
@@ -816,7 +828,7 @@ class Training(RuleBasedStateMachine):
     def saves(self, how: str) -> None:
         self.kept, self.at = jax.tree.map(jnp.copy, tuple(self.hand)), self.count
         if how == "msgpack":
-            self.saved = flax.serialization.to_bytes(bare(self.carry))
+            self.saved = flax.serialization.to_bytes(jax.tree.map(numbers, self.carry))
         else:
             with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as saver:
                 saver.save(pathlib.Path(folder) / "carry", self.carry)
@@ -830,7 +842,7 @@ class Training(RuleBasedStateMachine):
             return
         restored = self.saved
         if isinstance(restored, bytes):
-            restored = flax.serialization.from_bytes(bare(self.first), restored)
+            restored = flax.serialization.from_bytes(jax.tree.map(numbers, self.first), restored)
         self.carry = fs.adopt_carry(restored, self.first)
         self.hand, self.count = jax.tree.map(jnp.copy, self.kept), self.at
 
@@ -853,12 +865,6 @@ class Training(RuleBasedStateMachine):
 def listed(tree: Any) -> Any:
     """Lists for tuples, as JSON and YAML keep them; what has names is left."""
     return [listed(each) for each in tree] if type(tree) is tuple else tree
-
-
-def bare(carry: Any) -> Any:
-    """Keys as their numbers: msgpack knows no others."""
-    is_key: Any = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
-    return jax.tree.map(lambda leaf: np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf), carry)
 
 
 def test_training_in_any_order_is_the_plain_loop() -> None:

@@ -1661,6 +1661,31 @@ of that tx already, a tx that keeps the shapes and dtypes of its state
     """).replace("HEAD", "apply_gradients(tx, carry, grads, new_state)")
 
 
+@needs_x32
+@pytest.mark.parametrize("tx", ["adam", "lion"])
+def test_injected_hyperparameters_over_params_of_several_dtypes(tx: str) -> None:
+    """Those that are one dtype go through: optax gives the hyperparameters that of the first param."""
+    make: Any = getattr(optax, tx)
+    params = {"a": jnp.ones(3), "w": jnp.ones(3, jnp.bfloat16)}
+
+    def taken(tx: Any) -> Any:
+        return fs.with_optimizer(squares, tx)(fs.init_carry(params, {}, tx), jnp.ones(3, jnp.bfloat16))
+
+    error = fails(fs.StateDriftError, taken, optax.inject_hyperparams(make)(learning_rate=0.1))
+    assert str(error).replace("    opt_state.inner_state[0].nu['w']: bf16[3] -> f32[3]\n", "") == whole("""
+    HEAD: what comes out must have the structure, shapes and dtypes of what goes in
+      got:
+        opt_state.inner_state[0].mu['w']: bf16[3] -> f32[3]
+      likely cause: optax.inject_hyperparams makes every number an array, and one is wider than what it multiplies
+      fix: optax.inject_hyperparams(optax.adam, static_args=('b1', 'b2')), so that these stay numbers of Python
+    """).replace("HEAD", "apply_gradients(tx, carry, grads, new_state)")
+    mended = optax.inject_hyperparams(make, static_args=("b1", "b2"))(learning_rate=0.1)
+    taken(mended)
+    step = fs.skip_nonfinite(lambda carry, batch: (carry._replace(state={"n": jnp.float32(0)}), batch))
+    error = fails(fs.StateDriftError, step, fs.init_carry(params, {"n": 0}, mended), jnp.float32(0))
+    assert error.cause == "the state is computed in a precision that differs from its own"
+
+
 def test_a_carry_of_an_optimizer_of_another_precision() -> None:
     saved, tx = optax.adam(0.1, mu_dtype=jnp.bfloat16), optax.adam(0.1)
     carry = fs.init_carry({"w": jnp.ones(3)}, {}, saved)

@@ -18,7 +18,7 @@ import flaxsplit as fs
 
 from .flags import needs_jit, needs_x32
 from .meshes import KINDS, line
-from .models import X, Y, structure
+from .models import X, Y, numbers, structure
 from .test_hlo import instructions
 
 pytestmark = [needs_jit, needs_x32]
@@ -46,11 +46,7 @@ APPLY: Any = fs.with_mutable(MODEL)  # Any: the module's own signature has no `r
 def assert_equal(ours: Any, theirs: Any) -> None:
     """Compares two trees bit for bit."""
     assert structure(ours) == structure(theirs)
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(_raw, ours), jax.tree.map(_raw, theirs))
-
-
-def _raw(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(numbers, ours), jax.tree.map(numbers, theirs))
 
 
 def run(step: Any, carry: Any, *args: Any, steps: int = 5, **kwargs: Any) -> tuple[Any, Any]:

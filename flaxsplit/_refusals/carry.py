@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax.core import freeze
 
-from flaxsplit._describe import Difference, describe, differences, same_structure, strong
+from flaxsplit._describe import Difference, describe, differences, keyed_leaves, same_structure, strong
 from flaxsplit._errors import Explained, Guess, Refusal, SignatureError, StateDriftError
 
 from .options import place_of, sown_in
@@ -112,12 +112,8 @@ def DRIFT(where: str, name: str, before: Any, after: Any) -> Explained:  # noqa:
         return StateDriftError(
             where, _SAME, lines, cause, f"return (loss, aux), new_state, and has_aux=True; or {begins}"
         )
-    return StateDriftError(
-        where,
-        _SAME,
-        [str(each) for each in changed],
-        *(_cause_and_fix(name, changed) if part is None else (f"{part!r} was returned, and not the state", _WHOLE)),
-    )
+    words = (f"{part!r} was returned, and not the state", _WHOLE) if part else _cause_and_fix(name, changed, before)
+    return StateDriftError(where, _SAME, [str(each) for each in changed], *words)
 
 
 _SAME = "what comes out must have the structure, shapes and dtypes of what goes in"
@@ -146,12 +142,17 @@ def _kind_of(changed: list[Difference]) -> str:
     return "dtype" if kinds <= {"dtype", "weak"} else "shape"
 
 
-def _cause_and_fix(name: str, changed: list[Difference]) -> tuple[str, str]:
+def _cause_and_fix(name: str, changed: list[Difference], before: Any) -> tuple[str, str]:
     if any("FrozenDict" in (each.before, each.after) for each in changed):
         return "a FrozenDict where a plain dict is due", (
             "return loss, flax.core.unfreeze(new_state); for a carry, init_carry(params, state, tx) makes plain dicts"
         )
     kind = _kind_of(changed)
+    of_tx = all("opt_state" in each.path for each in changed)
+    if kind == "dtype" and of_tx and any(".hyperparams[" in path for path in keyed_leaves(before)):
+        return "optax.inject_hyperparams makes every number an array, and one is wider than what it multiplies", (
+            "optax.inject_hyperparams(optax.adam, static_args=('b1', 'b2')), so that these stay numbers of Python"
+        )
     if name in ("params", "opt_state"):
         cause = f"tx gives {name} another form than it took"
         return (cause, WITH_TX) if kind == "structure" else (f"{cause}: the carry was made with another tx", _RENEWED)
