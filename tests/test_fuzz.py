@@ -517,7 +517,8 @@ def test_laws_4_and_6_the_loop_of_the_guide(model: Model, tx: optax.GradientTran
 
 def keeps_its_form(tx: optax.GradientTransformation, model: Model) -> bool:
     """Not so where hyperparameters are arrays and params are of several dtypes: optax then widens its moments."""
-    params, state = model.halves()[0], jax.eval_shape(tx.init, model.halves()[0])
+    params = model.halves()[0]
+    state = jax.eval_shape(tx.init, params)
     update: Any = optax.with_extra_args_support(tx).update
     _, after = jax.eval_shape(lambda *args: update(*args, value=1.0), params, state, params)
     pairs = zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True)
